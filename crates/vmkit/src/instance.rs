@@ -1,0 +1,298 @@
+//! What callers hold of a machine.
+
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::command::Command;
+use crate::console::ConsoleSinks;
+use crate::driver::{Driver, Probe};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::{Binding, Guest};
+use crate::machine::{Kill, Machine, Registrar, Request};
+use crate::properties::{CloneInfo, Properties};
+use crate::publish::{Publisher, Status, Subscription};
+use crate::spec::{Id, Source, Spec};
+use crate::state::{Action, State};
+
+/// A handle on one virtual machine. Cheap to clone; no handle, task or future is what keeps the machine alive.
+///
+/// Operations that change the machine queue in order of arrival, and each is judged against the state that the one
+/// before it left. Reading ([`state`](Instance::state), [`properties`](Instance::properties)) and executing never wait
+/// for them.
+///
+/// # Cancel safety
+/// Dropping the future of an operation that still waits cancels it: it never runs. Once it runs, a dropped
+/// [`clone_source`](Instance::clone_source) or [`start`](Instance::start) is rolled back, and a dropped stop, suspend or
+/// delete is carried to its end; both on the machine's own task, so that no transitional state stays behind.
+#[derive(Clone)]
+pub struct Instance(Arc<Inner>);
+
+struct Inner {
+    id: Id,
+    spec: Spec,
+    suspendable: bool,
+    requests: mpsc::UnboundedSender<Request>,
+    kills: mpsc::UnboundedSender<Kill>,
+    status: Publisher,
+    guest: watch::Receiver<Option<Guest>>,
+    probe: Arc<dyn Probe>,
+}
+
+/// How a stop went. The two are apart: a machine that crashed was stopped all the same.
+#[derive(Debug)]
+#[must_use]
+pub struct StopReport {
+    /// How the machine's main process ended: an error for a crash or a signal that was not ours.
+    pub run: Result<()>,
+    /// Whether it could be stopped.
+    pub stop: Result<()>,
+    /// Whether it had to be forced.
+    pub forced: bool,
+}
+
+impl StopReport {
+    /// The stop error, forgetting how the machine ran.
+    ///
+    /// # Errors
+    /// When the machine could not be stopped.
+    pub fn stopped(self) -> Result<()> {
+        self.stop
+    }
+}
+
+impl Instance {
+    /// Starts the machine's task. Must be called in a tokio runtime.
+    pub(crate) fn spawn<D: Driver>(id: Id, spec: Spec, driver: D, state: State, exists: Registrar) -> Instance {
+        let (requests, requests_in) = mpsc::unbounded_channel();
+        let (kills, kills_in) = mpsc::unbounded_channel();
+        let status = Publisher::new(state);
+        let way_in = if state == State::Running { driver.guest() } else { None };
+        let (guest_out, guest) = watch::channel(way_in);
+        let (probe, suspendable) = (driver.probe(), driver.suspendable());
+        let machine = Machine {
+            id: id.clone(),
+            driver,
+            timeouts: spec.timeouts,
+            status: status.clone(),
+            guest: guest_out,
+            requests: requests_in,
+            kills: kills_in,
+            crash: Arc::new(Mutex::new(None)),
+            exists,
+        };
+        tokio::spawn(machine.run());
+        Instance(Arc::new(Inner { id, spec, suspendable, requests, kills, status, guest, probe }))
+    }
+
+    /// Its name: stable, unique on its host, never empty.
+    pub fn id(&self) -> &Id {
+        &self.0.id
+    }
+
+    /// What it was made from.
+    pub fn spec(&self) -> &Spec {
+        &self.0.spec
+    }
+
+    /// The state now, without waiting.
+    pub fn state(&self) -> State {
+        self.status().state
+    }
+
+    /// The state now, with its generation and cause.
+    pub fn status(&self) -> Status {
+        self.0.status.now()
+    }
+
+    /// Every state change from now on; the first one read is the state at this moment.
+    pub fn subscribe(&self) -> Subscription {
+        self.0.status.subscribe()
+    }
+
+    /// Whether it can be suspended. Constant.
+    pub fn suspendable(&self) -> bool {
+        self.0.suspendable
+    }
+
+    /// What is known of it now; in every state, without waiting.
+    pub fn properties(&self) -> Properties {
+        let mut properties = self.0.probe.properties();
+        let spec = &self.0.spec;
+        properties.cpus = spec.cpus;
+        properties.memory_mib = spec.memory_mib;
+        properties.cloned_from = Some(CloneInfo {
+            image: spec.source.name().to_owned(),
+            digest: match &spec.source {
+                Source::Alias(_) => None,
+                Source::Boot(image) => Some(image.digest.clone()),
+            },
+        });
+        if self.state() != State::Running {
+            properties.ip = None;
+        }
+        properties
+    }
+
+    /// Makes it from its source; afterwards it is Stopped. (`clone` copies the handle.)
+    ///
+    /// # Errors
+    /// [`ErrorKind::IllegalRequest`] unless Initial or Deleted; [`ErrorKind::AlreadyExists`] when something of that name
+    /// exists outside, which stays untouched. What was half made is removed.
+    pub async fn clone_source(&self) -> Result<()> {
+        self.ask(Action::Clone, Request::Clone).await?
+    }
+
+    /// Boots it, or resumes it when it is Suspended. Returns when commands can be executed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::IllegalRequest`] unless Stopped or Suspended; [`ErrorKind::Exited`] as soon as its process ends,
+    /// [`ErrorKind::TimedOut`] at its own deadline, both with the end of what it printed in
+    /// [`details`](Error::details).
+    pub async fn start(&self, console: ConsoleSinks) -> Result<()> {
+        self.ask(Action::Start, |reply| Request::Start(console, reply)).await?
+    }
+
+    /// Asks the guest to shut down and forces it after `grace`; a grace of zero forces at once. Stopped already is
+    /// success.
+    pub async fn stop(&self, grace: Duration) -> StopReport {
+        let asked = self.ask(Action::Stop, |reply| Request::Stop(grace, reply)).await;
+        asked.unwrap_or_else(|error| StopReport { run: Ok(()), stop: Err(error), forced: false })
+    }
+
+    /// Forces it off now. Passes the queue: it reaches a machine that hangs in Starting, Stopping or Suspending.
+    pub async fn kill(&self) -> StopReport {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.0.kills.send(Kill(reply)).is_ok();
+        match answer.await {
+            Ok(report) if sent => report,
+            _ => StopReport { run: Ok(()), stop: Err(self.task_gone(Action::Stop)), forced: false },
+        }
+    }
+
+    /// Saves its execution (memory, processes, open files) to disk and switches it off. Suspended already is success.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] when it is not [`suspendable`](Instance::suspendable), and then nothing changed;
+    /// [`ErrorKind::IllegalRequest`] unless Running or Suspended.
+    pub async fn suspend(&self) -> Result<()> {
+        self.ask(Action::Suspend, Request::Suspend).await?
+    }
+
+    /// Removes everything it owns. Can be tried again when it failed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::IllegalRequest`] unless Stopped, Suspended or ErrorUnknown.
+    pub async fn delete(&self) -> Result<()> {
+        self.ask(Action::Delete, Request::Delete).await?
+    }
+
+    /// A command to be executed in the guest, shaped like `tokio::process::Command`.
+    pub fn command(&self, program: impl Into<String>) -> Command {
+        Command::new(self.clone(), program.into())
+    }
+
+    /// Returns once the guest's agent has answered this very question.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotRunning`], or [`ErrorKind::Agent`] when it does not answer as it should.
+    pub async fn ping(&self) -> Result<()> {
+        let (guest, mut gone) = self.way_in()?;
+        tokio::select! {
+            biased;
+            pong = guest.ping() => pong.map_err(|e| e.on(self.0.id.as_str())),
+            () = gone.wait() => Err(self.not_running()),
+        }
+    }
+
+    /// Gives the guest, which is up already, a host name, variables for its commands, and files.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotRunning`]; [`ErrorKind::InvalidArgument`] or what the guest failed with, when a part of it cannot
+    /// be applied. No error contains values or contents.
+    pub async fn bind(&self, binding: Binding) -> Result<()> {
+        let (guest, mut gone) = self.way_in()?;
+        tokio::select! {
+            biased;
+            bound = guest.bind(binding) => bound.map_err(|e| e.on(self.0.id.as_str())),
+            () = gone.wait() => Err(self.not_running()),
+        }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakInstance {
+        WeakInstance(Arc::downgrade(&self.0))
+    }
+
+    /// The guest, and a watch that tells when it is gone.
+    pub(crate) fn way_in(&self) -> Result<(Guest, Gone)> {
+        let gone = Gone(self.0.guest.clone());
+        let guest = self.0.guest.borrow().clone();
+        match guest {
+            Some(guest) if self.state() == State::Running => Ok((guest, gone)),
+            _ => Err(self.not_running()),
+        }
+    }
+
+    pub(crate) fn not_running(&self) -> Error {
+        let state = self.state();
+        let hint = match state {
+            State::Stopped | State::Suspended => "start it first",
+            State::Running | State::Starting => "try again when it is running",
+            State::Initial | State::Cloning | State::Deleting | State::Deleted => "clone and start it first",
+            State::Stopping | State::Suspending => "start it again first",
+            State::ErrorUnknown => "delete it and clone it again",
+        };
+        Error::new(ErrorKind::NotRunning, format!("the machine is not running, it is {state}"))
+            .on(self.0.id.as_str())
+            .while_in(state)
+            .hint(hint)
+    }
+
+    async fn ask<T>(&self, action: Action, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.0.requests.send(request(reply)).map_err(|_| self.task_gone(action))?;
+        answer.await.map_err(|_| self.task_gone(action))
+    }
+
+    /// The runtime that the machine's task ran on has ended.
+    fn task_gone(&self, action: Action) -> Error {
+        Error::new(ErrorKind::Cancelled, "the runtime that drives the machine has shut down")
+            .on(self.0.id.as_str())
+            .during(action.name())
+    }
+}
+
+impl std::fmt::Debug for Instance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Instance").field("id", &self.0.id.as_str()).field("status", &self.status()).finish()
+    }
+}
+
+/// A handle that keeps nothing.
+pub(crate) struct WeakInstance(Weak<Inner>);
+
+impl WeakInstance {
+    pub(crate) fn upgrade(&self) -> Option<Instance> {
+        self.0.upgrade().map(Instance)
+    }
+
+    pub(crate) fn is(&self, instance: &Instance) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&instance.0))
+    }
+
+    pub(crate) fn is_same(&self, other: &WeakInstance) -> bool {
+        self.0.ptr_eq(&other.0)
+    }
+}
+
+/// Tells when the way into a guest has closed.
+#[derive(Clone)]
+pub(crate) struct Gone(watch::Receiver<Option<Guest>>);
+
+impl Gone {
+    pub(crate) async fn wait(&mut self) {
+        // The sender is gone only with the machine's task: nobody executes then either.
+        let _ = self.0.wait_for(Option::is_none).await;
+    }
+}

@@ -1,0 +1,619 @@
+//! One task per machine: it owns the driver, is the only code that calls it, and the only writer of its state.
+//!
+//! ```text
+//!  Instance ──requests──▶ mailbox ─┐
+//!  Instance ──kill───────────────▶ │ Machine (one task) ──▶ Driver ──▶ hypervisor
+//!                                  │   plan → publish → run → inspect → settle → publish → reply
+//!  Instance ◀──status, guest────── ┘
+//! ```
+//!
+//! Deliberately absent: a lock across a backend call, a second writer of the state, trust in what a driver returns.
+
+use std::any::Any;
+use std::future::{Future, pending};
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use crate::console::ConsoleSinks;
+use crate::driver::{Driver, Exit};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::Guest;
+use crate::instance::StopReport;
+use crate::publish::{Cause, Publisher};
+use crate::spec::{Id, Timeouts};
+use crate::state::{Action, Edge, Fact, State, Verdict, found, observe, plan, retrace, settle};
+
+/// How long a forced stop waits for another process that operates on the machine.
+const KILL_WAITS: Duration = Duration::from_millis(300);
+
+/// How long it then waits for that process to let go of a machine that is off.
+const LETS_GO: Duration = Duration::from_secs(2);
+
+/// What callers ask of the task.
+pub(crate) enum Request {
+    Clone(oneshot::Sender<Result<()>>),
+    Start(ConsoleSinks, oneshot::Sender<Result<()>>),
+    Stop(Duration, oneshot::Sender<StopReport>),
+    Suspend(oneshot::Sender<Result<()>>),
+    Delete(oneshot::Sender<Result<()>>),
+}
+
+/// A forced stop: it passes the queue.
+pub(crate) struct Kill(pub oneshot::Sender<StopReport>);
+
+/// Told when a machine comes to exist and when nothing of it is left.
+pub(crate) type Registrar = Box<dyn Fn(bool) + Send + Sync>;
+
+pub(crate) struct Machine<D: Driver> {
+    pub id: Id,
+    pub driver: D,
+    pub timeouts: Timeouts,
+    pub status: Publisher,
+    pub guest: watch::Sender<Option<Guest>>,
+    pub requests: mpsc::UnboundedReceiver<Request>,
+    pub kills: mpsc::UnboundedReceiver<Kill>,
+    /// How it ended when nobody had asked, until a Stop reports it.
+    pub crash: Arc<Mutex<Option<Exit>>>,
+    pub exists: Registrar,
+}
+
+/// Why an operation's own work ended.
+enum Ended<T> {
+    Done(Result<T>),
+    Panicked,
+    /// The caller is gone, and this operation is one that a gone caller cancels.
+    CallerGone,
+    Killed(Kill),
+}
+
+impl<D: Driver> Machine<D> {
+    pub(crate) async fn run(mut self) {
+        loop {
+            let state = self.state();
+            // Biased: a forced stop first, then the fact that the machine is gone, then what callers want of it.
+            tokio::select! {
+                biased;
+                Some(kill) = self.kills.recv() => self.on_kill(kill).await,
+                noticed = notice(&self.id, &mut self.driver, state) => match noticed {
+                    Noticed::Exit(exit) => self.on_exit(exit).await,
+                    Noticed::Free(seen) => self.on_free(seen).await,
+                },
+                request = self.requests.recv() => match request {
+                    Some(request) => self.on_request(request).await,
+                    // Every handle is gone. The machine itself goes on: whoever wants it adopts it.
+                    None => break,
+                },
+            }
+        }
+        self.status.close();
+    }
+
+    fn state(&self) -> State {
+        self.status.now().state
+    }
+
+    fn publish(&self, state: State, cause: Cause) {
+        debug!(id = %self.id, %state, ?cause, "state");
+        // The way in closes before anybody hears that it is closed, and opens before anybody hears that it is open.
+        match state {
+            State::Running => drop(self.guest.send_replace(self.driver.guest())),
+            // What runs in the guest is to survive: cutting its callers off now would end it before it is saved.
+            State::Suspending => {}
+            State::Initial | State::Cloning | State::Starting | State::Stopping | State::Stopped => self.shut(),
+            State::Suspended | State::Deleting | State::Deleted | State::ErrorUnknown => self.shut(),
+        }
+        match state {
+            State::Deleted | State::Initial => (self.exists)(false),
+            _ => (self.exists)(true),
+        }
+        self.status.publish(state, cause);
+    }
+
+    fn shut(&self) {
+        self.guest.send_replace(None);
+    }
+
+    async fn on_exit(&mut self, exit: Exit) {
+        // Another process may be stopping or suspending it right now: it is judged when that is done.
+        let (limit, kills) = (self.timeouts.lock, Some(&mut self.kills));
+        let begun = match work(self.driver.begin(Action::None), limit, "waiting", pending(), kills).await {
+            Ended::Done(Ok(fact)) => fact,
+            Ended::Done(Err(error)) => {
+                warn!(id = %self.id, %error, "taking a machine that exited");
+                None
+            }
+            Ended::Killed(kill) => return self.on_kill(kill).await,
+            Ended::Panicked | Ended::CallerGone => None,
+        };
+        let seen = match begun {
+            Some(fact) => Some(fact),
+            None => self.inspect().await,
+        };
+        self.driver.end();
+        if let Some(fact @ (Fact::Suspended | Fact::Absent)) = begun {
+            return self.catch_up(fact);
+        }
+        if let Some(state) = observe(self.state(), seen) {
+            warn!(id = %self.id, code = exit.code, signal = exit.signal, "the machine exited");
+            *self.crash.lock().unwrap_or_else(PoisonError::into_inner) = Some(exit);
+            self.publish(state, Cause::Exited);
+        } else {
+            // It says it has ended and is found running: do not spin on a driver that contradicts itself.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// It was found in the middle of another process's operation, and that is over.
+    async fn on_free(&mut self, begun: Option<Result<Option<Fact>>>) {
+        let seen = match begun {
+            Some(Ok(Some(fact))) => Some(fact),
+            Some(Ok(None)) => self.inspect().await,
+            Some(Err(error)) => {
+                warn!(id = %self.id, %error, "taking a machine that another process has operated on");
+                // Not spinning on a driver that cannot tell; a request may do better meanwhile.
+                return tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            None => None,
+        };
+        self.driver.end();
+        self.catch_up(seen.unwrap_or(Fact::Broken));
+    }
+
+    async fn on_request(&mut self, request: Request) {
+        match request {
+            // A waiter that was cancelled never runs.
+            Request::Clone(reply) if reply.is_closed() => {}
+            Request::Start(_, reply) if reply.is_closed() => {}
+            Request::Stop(_, reply) if reply.is_closed() => {}
+            Request::Suspend(reply) if reply.is_closed() => {}
+            Request::Delete(reply) if reply.is_closed() => {}
+            Request::Clone(reply) => self.clone_source(reply).await,
+            Request::Start(console, reply) => self.start(console, reply).await,
+            Request::Stop(grace, mut reply) => {
+                let report = self.stop(grace, reply.closed()).await;
+                let _ = reply.send(report);
+            }
+            Request::Suspend(reply) => self.suspend(reply).await,
+            Request::Delete(mut reply) => {
+                let result = self.delete(reply.closed()).await;
+                let _ = reply.send(result);
+            }
+        }
+    }
+
+    /// Takes the machine for one operation and judges the request against what is there now.
+    async fn admit(&mut self, action: Action, caller_gone: impl Future<Output = ()>) -> Result<Admitted> {
+        let limit = self.timeouts.lock;
+        let kills = Some(&mut self.kills);
+        let seen = match work(self.driver.begin(action), limit, "waiting", caller_gone, kills).await {
+            Ended::Done(Ok(seen)) => seen,
+            Ended::Killed(Kill(done)) => {
+                // It waits for another process's operation: that is what hangs, and what the kill is for.
+                let stop = self.force().await;
+                let _ = done.send(StopReport { run: Ok(()), stop, forced: true });
+                return Err(self.error(ErrorKind::Cancelled, action, "a forced stop ended it"));
+            }
+            Ended::Done(Err(error)) if error.kind() == ErrorKind::TimedOut => {
+                let message = format!("another process has held the machine for {limit:?}");
+                return Err(self.error(ErrorKind::Busy, action, message).hint("try again when it is done"));
+            }
+            ended => {
+                return Err(flat(ended).err().map_or_else(
+                    || self.error(ErrorKind::Cancelled, action, "cancelled"),
+                    |error| error.on(self.id.as_str()).during(action.name()),
+                ));
+            }
+        };
+        if let Some(fact) = seen {
+            self.catch_up(fact);
+        }
+        match plan(self.state(), action) {
+            Verdict::Run(edge) => {
+                self.publish(edge.via, Cause::Requested);
+                Ok(Admitted::Run(edge))
+            }
+            Verdict::Already => {
+                self.driver.end();
+                Ok(Admitted::Already)
+            }
+            Verdict::Refuse => {
+                self.driver.end();
+                Err(Error::illegal(self.id.as_str(), self.state(), action))
+            }
+        }
+    }
+
+    /// Publishes what another process did meanwhile, as the steps that lead there.
+    fn catch_up(&mut self, fact: Fact) {
+        let from = self.state();
+        let now = match (from, fact) {
+            // Nothing of ours exists: what is there under that name is somebody else's, and cloning will say so.
+            (State::Initial | State::Deleted, _) => from,
+            // Only Delete leads out, whatever is found: also when nothing is, for then Delete has succeeded.
+            (State::ErrorUnknown, _) => from,
+            _ => found(fact),
+        };
+        for state in retrace(from, now) {
+            self.publish(state, Cause::Elsewhere);
+        }
+    }
+
+    /// Ends an operation: looks at what is there, publishes it, gives the machine free.
+    async fn finish(&mut self, edge: &Edge, panicked: bool) -> State {
+        let seen = if panicked { None } else { self.inspect().await };
+        let state = settle(edge, seen);
+        self.driver.end();
+        self.publish(state, Cause::Settled);
+        state
+    }
+
+    async fn clone_source(&mut self, mut reply: oneshot::Sender<Result<()>>) {
+        let edge = match self.admit(Action::Clone, reply.closed()).await {
+            Ok(Admitted::Run(edge)) => edge,
+            Ok(Admitted::Already) => return drop(reply.send(Ok(()))),
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        let limit = self.timeouts.clone;
+        let ended = work(self.driver.clone_source(), limit, "cloning", reply.closed(), None).await;
+        let failure = self.failure(ended, Action::Clone);
+        let foreign = failure.as_ref().is_some_and(|(error, _)| error.kind() == ErrorKind::AlreadyExists);
+        let Some((error, panicked)) = failure else {
+            let state = self.finish(&edge, false).await;
+            return drop(reply.send(self.verified(&edge, state)));
+        };
+        if foreign {
+            // What is there is somebody else's: neither destroyed nor judged.
+            self.driver.end();
+            self.publish(State::Initial, Cause::Settled);
+        } else {
+            if !panicked {
+                self.destroy().await.unwrap_or_else(|e| warn!(id = %self.id, error = %e, "rolling back a clone"));
+            }
+            self.finish(&edge, panicked).await;
+        }
+        let _ = reply.send(Err(error));
+    }
+
+    async fn start(&mut self, console: ConsoleSinks, mut reply: oneshot::Sender<Result<()>>) {
+        let edge = match self.admit(Action::Start, reply.closed()).await {
+            Ok(Admitted::Run(edge)) => edge,
+            Ok(Admitted::Already) => return drop(reply.send(Ok(()))),
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        self.forget_crash();
+        let limit = self.timeouts.start;
+        let kills = Some(&mut self.kills);
+        let ended = if edge.from == State::Suspended {
+            work(self.driver.resume(console), limit, "resuming", reply.closed(), kills).await
+        } else {
+            work(self.driver.boot(console), limit, "starting", reply.closed(), kills).await
+        };
+        let (ended, kill) = split_kill(ended);
+        let Some((error, panicked)) = self.failure(ended, Action::Start) else {
+            let state = self.finish(&edge, false).await;
+            if state == edge.ok {
+                return drop(reply.send(Ok(())));
+            }
+            return drop(reply.send(self.verified(&edge, state)));
+        };
+        // Recovery is its own: it does not run under the deadline, or for the caller, that has just ended.
+        let killed = if panicked { Ok(()) } else { self.force().await };
+        let state = self.finish(&edge, panicked).await;
+        let _ = reply.send(Err(error));
+        if let Some(Kill(done)) = kill {
+            let stop = if state == State::Stopped || state == State::Suspended { Ok(()) } else { killed };
+            let _ = done.send(StopReport { run: Ok(()), stop, forced: true });
+        }
+    }
+
+    async fn stop(&mut self, grace: Duration, caller_gone: impl Future<Output = ()>) -> StopReport {
+        let edge = match self.admit(Action::Stop, caller_gone).await {
+            Ok(Admitted::Run(edge)) => edge,
+            Ok(Admitted::Already) => return StopReport { run: self.take_crash(), stop: Ok(()), forced: false },
+            Err(error) => return StopReport { run: Ok(()), stop: Err(error), forced: false },
+        };
+        let mut kill = None;
+        let mut exit = None;
+        let mut panicked = false;
+        if !grace.is_zero() {
+            let (id, driver) = (&self.id, &mut self.driver);
+            let graceful = async {
+                // A guest that cannot be asked is forced without waiting for an answer that cannot come.
+                driver.shutdown().await?;
+                Ok(exited(id, driver).await)
+            };
+            match work(graceful, grace, "shutting down", pending(), Some(&mut self.kills)).await {
+                Ended::Done(Ok(ended)) => exit = Some(ended),
+                Ended::Done(Err(error)) => debug!(id = %self.id, %error, "forcing"),
+                Ended::Panicked => panicked = true,
+                Ended::Killed(request) => kill = Some(request),
+                Ended::CallerGone => {}
+            }
+        }
+        // Also after a graceful end: the whole process group goes, and kill is idempotent.
+        let killed = self.force().await;
+        let forced = exit.is_none();
+        if forced && killed.is_ok() {
+            exit = timeout(self.timeouts.inspect, exited(&self.id, &mut self.driver)).await.ok();
+        }
+        let state = self.finish(&edge, panicked).await;
+        // The signal that we sent is not how the machine ended of itself.
+        let ours = forced && exit.as_ref().is_some_and(|exit| exit.signal == Some(9));
+        let run = match exit.and_then(|exit| exit.run_error(&self.id)) {
+            Some(error) if !ours => Err(error),
+            _ => Ok(()),
+        };
+        let stop = if panicked {
+            Err(self.error(ErrorKind::Panicked, Action::Stop, "the backend panicked while stopping"))
+        } else if state == State::Stopped {
+            Ok(())
+        } else {
+            Err(killed.err().unwrap_or_else(|| {
+                self.error(ErrorKind::Inconsistent, Action::Stop, "it could not be verified that the machine is off")
+                    .hint("delete it, or look at its directory")
+            }))
+        };
+        if let Some(Kill(done)) = kill {
+            let _ =
+                done.send(StopReport { run: Ok(()), stop: stop.as_ref().copied().map_err(Error::duplicate), forced });
+        }
+        StopReport { run, stop, forced }
+    }
+
+    async fn suspend(&mut self, mut reply: oneshot::Sender<Result<()>>) {
+        if !self.driver.suspendable() && self.state() == State::Running {
+            let error = self.error(ErrorKind::Unsupported, Action::Suspend, "this machine cannot be suspended");
+            return drop(reply.send(Err(error.hint("stop it instead"))));
+        }
+        let edge = match self.admit(Action::Suspend, reply.closed()).await {
+            Ok(Admitted::Run(edge)) => edge,
+            Ok(Admitted::Already) => return drop(reply.send(Ok(()))),
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        let limit = self.timeouts.suspend;
+        let ended = work(self.driver.suspend(), limit, "suspending", pending(), Some(&mut self.kills)).await;
+        let (ended, kill) = split_kill(ended);
+        let failure = self.failure(ended, Action::Suspend);
+        let mut killed = Ok(());
+        // A suspend that was cut off half way leaves a machine that may be paused: it is ended, not guessed about.
+        let cut_off =
+            failure.as_ref().is_some_and(|(e, _)| matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled));
+        if cut_off {
+            killed = self.force().await;
+        }
+        let panicked = failure.as_ref().is_some_and(|(_, panicked)| *panicked);
+        let state = self.finish(&edge, panicked).await;
+        let _ = reply.send(match failure {
+            None => self.verified(&edge, state),
+            Some((error, _)) => Err(error),
+        });
+        if let Some(Kill(done)) = kill {
+            let stop = if state == State::Stopped || state == State::Suspended { Ok(()) } else { killed };
+            let _ = done.send(StopReport { run: Ok(()), stop, forced: true });
+        }
+    }
+
+    async fn delete(&mut self, caller_gone: impl Future<Output = ()>) -> Result<()> {
+        let edge = match self.admit(Action::Delete, caller_gone).await? {
+            Admitted::Run(edge) => edge,
+            Admitted::Already => return Ok(()),
+        };
+        let mut result = Ok(());
+        let mut panicked = false;
+        if edge.from == State::ErrorUnknown {
+            // Nobody knows what is there: a process may be.
+            result = self.force().await;
+            panicked = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::Panicked);
+        }
+        if result.is_ok() {
+            result = self.destroy().await;
+            panicked = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::Panicked);
+        }
+        let state = self.finish(&edge, panicked).await;
+        match result {
+            Ok(()) => self.verified(&edge, state),
+            // Reported as failed and found gone: what was asked for is true, unless it should have been there.
+            Err(error) if state == State::Deleted && error.kind() != ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error.on(self.id.as_str()).during(Action::Delete.name())),
+        }
+    }
+
+    async fn on_kill(&mut self, kill: Kill) {
+        // It passes other processes' operations too: one that hangs in Starting holds the machine for minutes.
+        let mut killed = Ok(());
+        for patience in [KILL_WAITS, LETS_GO] {
+            let taken = work(self.driver.begin(Action::Stop), patience, "waiting", pending(), None).await;
+            if !held_elsewhere(&taken) {
+                self.driver.end();
+                let report = self.stop(Duration::ZERO, pending()).await;
+                return drop(kill.0.send(report));
+            }
+            // Mostly its holder's operation fails now, and it lets go. One that stands still keeps nobody waiting.
+            killed = self.force().await;
+        }
+        let seen = self.inspect().await;
+        let off = matches!(seen, Some(Fact::Stopped | Fact::Suspended | Fact::Absent));
+        if let Some(fact) = seen.filter(|_| off) {
+            self.catch_up(fact);
+        }
+        let stop = match killed {
+            Ok(()) if off => Ok(()),
+            Ok(()) => Err(self
+                .error(ErrorKind::Busy, Action::Stop, "another process holds the machine, and has started it again")
+                .hint("end that process, and try again")),
+            Err(error) => Err(error.on(self.id.as_str()).during(Action::Stop.name())),
+        };
+        let _ = kill.0.send(StopReport { run: Ok(()), stop, forced: true });
+    }
+
+    async fn force(&mut self) -> Result<()> {
+        flat(work(self.driver.kill(), self.timeouts.kill, "killing the machine", pending(), None).await)
+    }
+
+    async fn destroy(&mut self) -> Result<()> {
+        flat(work(self.driver.destroy(), self.timeouts.delete, "removing the machine", pending(), None).await)
+    }
+
+    async fn inspect(&mut self) -> Option<Fact> {
+        match flat(work(self.driver.inspect(), self.timeouts.inspect, "looking at the machine", pending(), None).await)
+        {
+            Ok(fact) => Some(fact),
+            Err(error) => {
+                warn!(id = %self.id, %error, "inspection failed");
+                None
+            }
+        }
+    }
+
+    /// The error of an operation that did not do its work, and whether the backend panicked.
+    fn failure(&self, ended: Ended<()>, action: Action) -> Option<(Error, bool)> {
+        let error = match ended {
+            Ended::Done(Ok(())) => return None,
+            Ended::Done(Err(error)) => error.on(self.id.as_str()).during(action.name()),
+            Ended::Panicked => {
+                let error = self.error(ErrorKind::Panicked, action, "the backend panicked");
+                return Some((error.hint("delete the machine; its state is not known"), true));
+            }
+            Ended::CallerGone => self.error(ErrorKind::Cancelled, action, "the caller is gone"),
+            Ended::Killed(_) => self.error(ErrorKind::Cancelled, action, "a forced stop ended it"),
+        };
+        Some((error, false))
+    }
+
+    /// A driver said it did it; this is what was found.
+    fn verified(&self, edge: &Edge, state: State) -> Result<()> {
+        if state == edge.ok {
+            return Ok(());
+        }
+        let message = format!("the backend reported success, and the machine was found {state}");
+        Err(self.error(ErrorKind::Inconsistent, edge.action, message).while_in(state))
+    }
+
+    fn take_crash(&self) -> Result<()> {
+        let exit = self.crash.lock().unwrap_or_else(PoisonError::into_inner).take();
+        exit.and_then(|exit| exit.run_error(&self.id)).map_or(Ok(()), Err)
+    }
+
+    fn forget_crash(&self) {
+        *self.crash.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn error(&self, kind: ErrorKind, action: Action, message: impl Into<String>) -> Error {
+        Error::new(kind, message).on(self.id.as_str()).during(action.name())
+    }
+}
+
+enum Admitted {
+    Run(Edge),
+    Already,
+}
+
+/// Runs a driver's work under its deadline, against a panic, and against whoever may end it early.
+async fn work<T>(
+    call: impl Future<Output = Result<T>>,
+    limit: Duration,
+    doing: &str,
+    caller_gone: impl Future<Output = ()>,
+    kills: Option<&mut mpsc::UnboundedReceiver<Kill>>,
+) -> Ended<T> {
+    let killed = async {
+        match kills {
+            Some(kills) => match kills.recv().await {
+                Some(kill) => kill,
+                None => pending().await,
+            },
+            None => pending().await,
+        }
+    };
+    // Biased: whoever ends it comes before its own progress, so that a busy driver cannot starve a forced stop.
+    tokio::select! {
+        biased;
+        kill = killed => Ended::Killed(kill),
+        () = caller_gone => Ended::CallerGone,
+        done = guarded(timeout(limit, call)) => match done {
+            None => Ended::Panicked,
+            Some(Ok(result)) => Ended::Done(result),
+            Some(Err(_)) => {
+                Ended::Done(Err(Error::new(ErrorKind::TimedOut, format!("{doing} took longer than {limit:?}"))))
+            }
+        },
+    }
+}
+
+/// Whether taking the machine took longer than it may, because another process has it.
+fn held_elsewhere(taken: &Ended<Option<Fact>>) -> bool {
+    matches!(taken, Ended::Done(Err(error)) if error.kind() == ErrorKind::TimedOut)
+}
+
+/// The output of a future, or `None` when it panicked.
+async fn guarded<T>(call: impl Future<Output = T>) -> Option<T> {
+    match AssertUnwindSafe(call).catch_unwind().await {
+        Ok(output) => Some(output),
+        Err(payload) => {
+            warn!(message = panic_message(payload.as_ref()), "a backend panicked");
+            None
+        }
+    }
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+/// What a machine's task notices while nobody asks anything of it.
+enum Noticed {
+    /// The machine exited.
+    Exit(Exit),
+    /// Another process has ended its operation; `None` when the backend panicked.
+    Free(Option<Result<Option<Fact>>>),
+}
+
+/// Watches a machine that runs, and one that was found in the middle of another process's operation. Cancel-safe.
+async fn notice<D: Driver>(id: &Id, driver: &mut D, state: State) -> Noticed {
+    if state == State::Running {
+        Noticed::Exit(exited(id, driver).await)
+    } else if state.is_transitional() {
+        Noticed::Free(guarded(driver.begin(Action::None)).await)
+    } else {
+        pending().await
+    }
+}
+
+/// A driver that panics while it watches is one that can tell nothing: as good as an exit that nobody can explain.
+async fn exited<D: Driver>(id: &Id, driver: &mut D) -> Exit {
+    match guarded(driver.exited()).await {
+        Some(exit) => exit,
+        None => {
+            warn!(%id, "the backend panicked while watching the machine");
+            Exit::default()
+        }
+    }
+}
+
+fn flat<T>(ended: Ended<T>) -> Result<T> {
+    match ended {
+        Ended::Done(result) => result,
+        Ended::Panicked => Err(Error::new(ErrorKind::Panicked, "the backend panicked")),
+        Ended::CallerGone | Ended::Killed(_) => Err(Error::new(ErrorKind::Cancelled, "cancelled")),
+    }
+}
+
+fn split_kill(ended: Ended<()>) -> (Ended<()>, Option<Kill>) {
+    match ended {
+        Ended::Killed(kill) => {
+            let error = Error::new(ErrorKind::Cancelled, "a forced stop ended it");
+            (Ended::Done(Err(error)), Some(kill))
+        }
+        other => (other, None),
+    }
+}

@@ -1,0 +1,320 @@
+//! What is physically there, and which calls are physically possible.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::time::Instant;
+
+use super::fault::{Broken, Fault, Latency, Odds, Verb};
+use super::guest::Memory;
+use super::world::{Call, Parked};
+use crate::console::ConsoleSinks;
+use crate::driver::Exit;
+use crate::error::{Error, ErrorKind, Result};
+use crate::spec::{Id, Spec};
+use crate::state::{Action, Fact, State};
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Disk {
+    #[default]
+    None,
+    Half,
+    Whole,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Booting,
+    Up,
+    Paused,
+    ShuttingDown,
+}
+
+pub(super) struct Process {
+    pub pid: u32,
+    pub phase: Phase,
+    pub memory: Arc<Memory>,
+    pub since: Instant,
+    pub console: ConsoleSinks,
+    /// When it will end by itself, and how.
+    pub ends: Option<(Instant, Exit)>,
+}
+
+/// One machine's hardware. Stays in the table when nothing of it is left: its lock has to be somewhere.
+#[derive(Default)]
+pub(super) struct Unit {
+    pub spec: Option<Spec>,
+    pub disk: Disk,
+    pub files: BTreeMap<String, Vec<u8>>,
+    pub saved: Option<Arc<Memory>>,
+    pub process: Option<Process>,
+    /// Processes that a broken backend lost.
+    pub strays: usize,
+    /// There, and a broken backend denies it.
+    pub denied: bool,
+    /// Memory that a broken backend did not clear.
+    pub ghost: Option<Arc<Memory>>,
+    pub destroying: bool,
+    pub foreign: bool,
+    /// Who operates on it: a driver's token, and what for.
+    pub holder: Option<(u64, Action)>,
+    /// Its holder went away in the middle of an operation.
+    pub abandoned: bool,
+    pub busy: Option<Verb>,
+    pub exit: Exit,
+}
+
+pub(super) struct Planned {
+    pub id: Option<Id>,
+    pub verb: Verb,
+    pub fault: Fault,
+}
+
+pub(super) struct Hardware {
+    pub units: BTreeMap<Id, Unit>,
+    pub planned: Vec<Planned>,
+    pub odds: Odds,
+    pub rng: StdRng,
+    pub latency: Latency,
+    pub steps: BTreeSet<Verb>,
+    pub parked: Vec<(u64, Parked)>,
+    pub broken: BTreeSet<Broken>,
+    pub calls: Vec<Call>,
+    pub violations: Vec<String>,
+    pub strict: bool,
+    pub healed: u64,
+    last_number: u64,
+}
+
+impl Hardware {
+    pub(super) fn new(seed: u64) -> Hardware {
+        Hardware {
+            units: BTreeMap::new(),
+            planned: Vec::new(),
+            odds: Odds::default(),
+            rng: StdRng::seed_from_u64(seed),
+            latency: Latency::default(),
+            steps: BTreeSet::new(),
+            parked: Vec::new(),
+            broken: BTreeSet::new(),
+            calls: Vec::new(),
+            violations: Vec::new(),
+            strict: false,
+            healed: 0,
+            last_number: 1000,
+        }
+    }
+
+    /// A number that nothing else has: for process ids, lock holders and tickets.
+    pub(super) fn number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    pub(super) fn unit(&mut self, id: &Id) -> &mut Unit {
+        self.units.entry(id.clone()).or_default()
+    }
+
+    pub(super) fn is(&self, broken: Broken) -> bool {
+        self.broken.contains(&broken)
+    }
+
+    /// Writes down a call that the lifecycle must never make.
+    pub(super) fn violation(&mut self, id: &Id, what: &str) {
+        self.violations.push(format!("{id}: {what}"));
+    }
+
+    /// Ends processes whose time has come. Lazily, at every look: no task of the simulator's own has to live for it.
+    pub(super) fn tick(&mut self) {
+        let now = Instant::now();
+        let due = |unit: &Unit| matches!(&unit.process, Some(Process { ends: Some((at, _)), .. }) if *at <= now);
+        let ids: Vec<Id> = self.units.iter().filter(|(_, unit)| due(unit)).map(|(id, _)| id.clone()).collect();
+        for id in ids {
+            if let Some((_, exit)) = self.unit(&id).process.as_ref().and_then(|process| process.ends.clone()) {
+                self.end_process(&id, exit);
+            }
+        }
+    }
+
+    pub(super) fn pick(&mut self, id: &Id, verb: Verb) -> Fault {
+        let fits = |plan: &Planned| plan.verb == verb && plan.id.as_ref().is_none_or(|only| only == id);
+        if let Some(at) = self.planned.iter().position(fits) {
+            return self.planned.remove(at).fault;
+        }
+        if self.odds == Odds::default() || !(verb.is_mutating() || verb == Verb::Inspect) {
+            return Fault::Ok;
+        }
+        self.odds.pick(&mut self.rng)
+    }
+
+    /// Judges a call against the rules that no backend and no machine may break; whether it may be carried out.
+    pub(super) fn judge(&mut self, id: &Id, verb: Verb, caller: u64) -> bool {
+        if !verb.is_mutating() {
+            return true;
+        }
+        let lock_free = self.is(Broken::NoLock);
+        let unit = self.unit(id);
+        let holds = lock_free || unit.holder.is_some_and(|(holder, _)| holder == caller);
+        let mut wrong = Vec::new();
+        // A kill passes another process's operation: that is what it is for.
+        if verb != Verb::Kill {
+            if let Some(busy) = unit.busy {
+                wrong.push(format!("{verb:?} during {busy:?} (I1)"));
+            }
+            if !holds {
+                wrong.push(format!("{verb:?} without the machine's lock (I1)"));
+            }
+        }
+        // A clone has to find out.
+        if unit.foreign && verb != Verb::Clone {
+            wrong.push(format!("{verb:?} of somebody else's machine"));
+        }
+        if matches!(verb, Verb::Boot | Verb::Resume) {
+            if unit.destroying {
+                wrong.push(format!("{verb:?} of a machine whose destruction began (I8)"));
+            }
+            if unit.disk != Disk::Whole {
+                wrong.push(format!("{verb:?} without a disk"));
+            }
+            if unit.process.is_some() {
+                wrong.push(format!("{verb:?} while its process is alive"));
+            }
+            if verb == Verb::Resume && unit.saved.is_none() {
+                wrong.push("Resume without a saved execution".to_owned());
+            }
+            if verb == Verb::Boot && unit.saved.is_some() {
+                wrong.push("Boot over a saved execution".to_owned());
+            }
+        }
+        for what in &wrong {
+            self.violation(id, what);
+        }
+        wrong.is_empty()
+    }
+
+    /// What a backend finds when it looks.
+    pub(super) fn fact(&self, id: &Id) -> Fact {
+        let Some(unit) = self.units.get(id) else { return Fact::Absent };
+        if unit.foreign || unit.denied {
+            return Fact::Absent;
+        }
+        match (&unit.process, unit.disk) {
+            (None, Disk::None) => Fact::Absent,
+            _ if unit.destroying => Fact::Broken,
+            (_, Disk::None | Disk::Half) => Fact::Broken,
+            (None, Disk::Whole) if unit.saved.is_some() => Fact::Suspended,
+            (None, Disk::Whole) => Fact::Stopped,
+            (Some(process), Disk::Whole) => match process.phase {
+                Phase::Up | Phase::ShuttingDown => Fact::Running,
+                Phase::Booting | Phase::Paused => Fact::Broken,
+            },
+        }
+    }
+
+    /// What somebody who does not hold it sees: transitional while another operates on it.
+    pub(super) fn seen(&self, id: &Id) -> State {
+        let action = self.units.get(id).and_then(|unit| unit.holder).map_or(Action::None, |(_, action)| action);
+        match action {
+            Action::None => crate::state::found(self.fact(id)),
+            Action::Clone => State::Cloning,
+            Action::Start => State::Starting,
+            Action::Stop => State::Stopping,
+            Action::Suspend => State::Suspending,
+            Action::Delete => State::Deleting,
+        }
+    }
+
+    /// Clears up what a holder that died left half done.
+    pub(super) fn recover(&mut self, id: &Id) {
+        let unit = self.unit(id);
+        if unit.foreign || unit.holder.is_some() || !std::mem::take(&mut unit.abandoned) {
+            return;
+        }
+        match unit.process.as_ref().map(|process| process.phase) {
+            Some(Phase::Booting) => self.end_process(id, killed()),
+            Some(Phase::Paused) => self.set_phase(id, Phase::Up),
+            Some(Phase::Up | Phase::ShuttingDown) | None => {}
+        }
+        let unit = self.unit(id);
+        if unit.process.is_none() && (unit.destroying || unit.disk == Disk::Half) {
+            self.remove_saved(id);
+            self.remove_disk(id);
+        }
+    }
+
+    pub(super) fn set_phase(&mut self, id: &Id, phase: Phase) {
+        if let Some(process) = &mut self.unit(id).process {
+            process.phase = phase;
+        }
+    }
+
+    /// Ends a machine's process; its memory is lost unless it was saved.
+    pub(super) fn end_process(&mut self, id: &Id, exit: Exit) {
+        let (forgets, keeps) = (self.is(Broken::ForgetsExit), self.is(Broken::StopKeepsMemory));
+        let unit = self.unit(id);
+        let Some(process) = unit.process.take() else { return };
+        process.memory.freeze();
+        if unit.saved.is_none() {
+            process.memory.lose();
+            unit.ghost = keeps.then_some(process.memory);
+        }
+        unit.exit = if forgets { Exit::default() } else { exit };
+    }
+
+    pub(super) fn end_after(&mut self, id: &Id, delay: Duration, exit: Exit) {
+        if let Some(process) = &mut self.unit(id).process {
+            process.ends = Some((Instant::now() + delay, exit));
+        }
+    }
+
+    pub(super) fn power_on(&mut self, id: &Id, memory: Arc<Memory>, console: ConsoleSinks) -> u32 {
+        let pid = self.number() as u32;
+        let process = Process { pid, phase: Phase::Booting, memory, since: Instant::now(), console, ends: None };
+        let unit = self.unit(id);
+        unit.denied = false;
+        unit.process = Some(process);
+        pid
+    }
+
+    pub(super) fn remove_saved(&mut self, id: &Id) {
+        if let Some(memory) = self.unit(id).saved.take() {
+            memory.lose();
+        }
+    }
+
+    pub(super) fn remove_disk(&mut self, id: &Id) {
+        if self.unit(id).process.is_some() {
+            self.violation(id, "its disk was removed while its process is alive");
+        }
+        if self.unit(id).saved.is_some() {
+            self.violation(id, "its disk was removed before its saved execution");
+        }
+        let stale = self.is(Broken::StaleDisk);
+        let unit = self.unit(id);
+        unit.disk = Disk::None;
+        unit.destroying = false;
+        unit.spec = None;
+        unit.ghost = None;
+        if !stale {
+            unit.files.clear();
+        }
+    }
+
+    /// The machine's process of that number, if it is still that one.
+    pub(super) fn process(&mut self, id: &Id, pid: u32) -> Result<&mut Process> {
+        let unit = self.unit(id);
+        let output = unit.exit.output.clone();
+        match &mut unit.process {
+            Some(process) if process.pid == pid => Ok(process),
+            _ => Err(Error::new(ErrorKind::Exited, "the machine's process has ended").with_details(output)),
+        }
+    }
+}
+
+/// How a process that was killed has ended.
+pub(super) fn killed() -> Exit {
+    Exit { code: None, signal: Some(9), output: String::new() }
+}

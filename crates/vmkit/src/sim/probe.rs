@@ -1,0 +1,33 @@
+//! What can be read of a simulated machine while an operation has its driver.
+
+use super::hardware::{Phase, Process};
+use super::world::World;
+use crate::driver::Probe;
+use crate::properties::Properties;
+use crate::spec::Id;
+
+/// Reads a simulated machine without waiting.
+pub(super) struct SimProbe {
+    pub world: World,
+    pub id: Id,
+}
+
+impl Probe for SimProbe {
+    fn properties(&self) -> Properties {
+        self.world.look(|hw| {
+            let unit = hw.units.get(&self.id);
+            let process = unit.and_then(|unit| unit.process.as_ref());
+            let up = process.filter(|process| process.phase == Phase::Up);
+            let octet = |process: &Process| (process.pid % 250) as u8 + 2;
+            Properties {
+                ip: up.map(|process| std::net::Ipv4Addr::new(10, 0, 2, octet(process)).into()),
+                backend: "sim".to_owned(),
+                accelerator: Some("sim".to_owned()),
+                pid: process.map(|process| process.pid),
+                disk_used: unit.map(|unit| unit.files.values().map(|file| file.len() as u64).sum()),
+                uptime: up.map(|process| process.since.elapsed()),
+                ..Properties::default()
+            }
+        })
+    }
+}

@@ -1,0 +1,112 @@
+//! One process's view of the simulated hardware.
+
+use super::driver::SimDriver;
+use super::fault::{Broken, Fault, Verb};
+use super::hardware::{Disk, Hardware};
+use super::probe::SimProbe;
+use super::world::{Call, World};
+use crate::driver::{Adopted, Capabilities, Found, Probe, Provider};
+use crate::error::{Error, ErrorKind, Result};
+use crate::properties::Properties;
+use crate::spec::{Id, Source, Spec};
+use crate::state::State;
+
+/// Machines on a [`World`]. Several of them over one world are several processes.
+#[derive(Clone, Debug)]
+pub struct SimProvider {
+    world: World,
+    suspend: bool,
+}
+
+impl SimProvider {
+    /// A provider over `world`.
+    pub fn new(world: World) -> SimProvider {
+        SimProvider { world, suspend: true }
+    }
+
+    /// Sets whether its machines can be suspended.
+    #[must_use]
+    pub fn suspendable(mut self, suspendable: bool) -> SimProvider {
+        self.suspend = suspendable;
+        self
+    }
+
+    /// The hardware.
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    async fn ask(&self, id: &Id, verb: Verb) -> Result<()> {
+        let fault = self.world.change(|hw| {
+            hw.calls.push(Call { verb, id: id.clone() });
+            hw.pick(id, verb)
+        });
+        match fault {
+            Fault::Err | Fault::ErrButDone => Err(Error::new(ErrorKind::Backend, format!("sim: {verb:?} was to fail"))),
+            Fault::Hang => {
+                self.world.hang().await;
+                Ok(())
+            }
+            Fault::Slow(delay) => {
+                self.world.pause(delay).await;
+                Ok(())
+            }
+            Fault::Panic => panic!("sim: {verb:?} was to panic"),
+            Fault::Ok | Fault::Lie | Fault::DieLater(_) => Ok(()),
+        }
+    }
+}
+
+impl Provider for SimProvider {
+    type Driver = SimDriver;
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { suspend: self.suspend, exec: true, adopt: true, network: true }
+    }
+
+    async fn open(&self, id: &Id, spec: &Spec) -> Result<SimDriver> {
+        self.ask(id, Verb::Open).await?;
+        Ok(SimDriver::new(self.world.clone(), id.clone(), spec.clone(), self.suspend))
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        self.world.pause(std::time::Duration::ZERO).await;
+        let seen = self.world.change(|hw| {
+            let ids: Vec<Id> = hw.units.keys().cloned().collect();
+            ids.into_iter().filter_map(|id| find(hw, &id).map(|(state, spec)| (id, state, spec))).collect::<Vec<_>>()
+        });
+        let found = seen.into_iter().map(|(id, state, spec)| {
+            let properties = SimProbe { world: self.world.clone(), id: id.clone() }.properties();
+            let problem = (state == State::ErrorUnknown).then(|| "it was left half done".to_owned());
+            let properties = match &spec {
+                Some(spec) => Properties { cpus: spec.cpus, memory_mib: spec.memory_mib, ..properties },
+                None => properties,
+            };
+            Found { id, state, spec, problem, properties }
+        });
+        Ok(found.collect())
+    }
+
+    async fn adopt(&self, id: &Id) -> Result<Adopted<SimDriver>> {
+        self.ask(id, Verb::Adopt).await?;
+        let found = self.world.change(|hw| if hw.is(Broken::NeverAdopts) { None } else { find(hw, id) });
+        let Some((state, spec)) = found else {
+            return Err(Error::new(ErrorKind::NotFound, "there is no machine of that name").on(id.as_str()));
+        };
+        let spec = spec.unwrap_or_else(|| Spec::new(Source::Alias("unknown".to_owned())));
+        Ok(Adopted { driver: SimDriver::new(self.world.clone(), id.clone(), spec.clone(), self.suspend), spec, state })
+    }
+}
+
+fn find(hw: &mut Hardware, id: &Id) -> Option<(State, Option<Spec>)> {
+    // Also a look clears up after a process that died.
+    hw.recover(id);
+    let state = hw.seen(id);
+    let stale = hw.is(Broken::StaleList);
+    let unit = hw.units.get(id)?;
+    let there = unit.disk != Disk::None || unit.process.is_some();
+    if unit.foreign || unit.denied || !(there || stale) {
+        return None;
+    }
+    Some((state, unit.spec.clone()))
+}
