@@ -1,0 +1,196 @@
+//! The guest's side: sessions with hosts, the processes they start, and the duties of process 1.
+
+mod bind;
+mod exec;
+mod init;
+mod patience;
+mod port;
+mod procs;
+mod reaper;
+mod renew;
+mod shutdown;
+mod spawn;
+mod users;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
+use yamux::Mode;
+
+use crate::link::{Handshake, Kind, Link, VERSION};
+use crate::mux::{Opener, Stream, session};
+use crate::protocol::{self, ExecRequest, Failure, Reply, Request};
+
+pub use init::{Init, give_up, init};
+pub use patience::be_patient;
+pub use port::{NAME as PORT_NAME, Port, ports};
+
+/// Commands at once in one session.
+const MAX_EXECS: usize = 256;
+/// How long the next session waits for what the last one ran to be gone.
+const ENDS: Duration = Duration::from_secs(3);
+
+/// The agent of one guest; serves any number of lines at once.
+#[derive(Clone)]
+pub struct Agent(Arc<Inner>);
+
+struct Inner {
+    reaper: reaper::Reaper,
+    /// Every command that runs, of every session: a suspend freezes them all.
+    running: exec::Running,
+    /// What every command's environment has beside the agent's own.
+    env: Mutex<Vec<(String, String)>>,
+}
+
+/// Whether a line goes on after its end was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Line {
+    /// A socket: its end is the end.
+    Once,
+    /// A virtio port: its end is a host that left, and another may come.
+    Lasting,
+}
+
+impl Agent {
+    /// Starts reaping. Must be called in a tokio runtime, once in a process: children of others are reaped as well.
+    ///
+    /// # Errors
+    /// When signals cannot be received.
+    pub fn new() -> io::Result<Agent> {
+        Ok(Agent(Arc::new(Inner {
+            reaper: reaper::Reaper::start()?,
+            running: exec::Running::default(),
+            env: Mutex::default(),
+        })))
+    }
+
+    /// Serves one line: one session after the other, for as long as the line lasts. What a session started and did not
+    /// detach ends with it, before the next one begins.
+    ///
+    /// # Errors
+    /// When the line cannot be read or written.
+    pub async fn serve<S>(&self, line: S, kind: Line) -> io::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let link = Link::new(line);
+        loop {
+            let Some(hello) = link.next_handshake().await? else {
+                match kind {
+                    Line::Once => return Ok(()),
+                    Line::Lasting => continue,
+                }
+            };
+            if hello.kind != Kind::Hello {
+                continue;
+            }
+            // Also to a host of another version: it is to know which one this is.
+            link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce }).await?;
+            if hello.version == VERSION {
+                self.session(link.clone()).await;
+            }
+        }
+    }
+
+    async fn session<S>(&self, link: Link<S>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (drive, opener, mut inbound) = session(link, Mode::Server);
+        tokio::spawn(drive);
+        let (holds, mut ended) = mpsc::channel::<()>(1);
+        let session = Session { agent: self.clone(), opener, stdins: Arc::default(), holds };
+        while let Some(stream) = inbound.recv().await {
+            tokio::spawn(session.clone().stream(stream));
+        }
+        drop(session);
+        let _ = tokio::time::timeout(ENDS, ended.recv()).await;
+    }
+}
+
+/// Commands that wait for the stream of their standard input.
+type Stdins = Arc<Mutex<HashMap<u64, oneshot::Sender<Stream>>>>;
+
+#[derive(Clone)]
+struct Session {
+    agent: Agent,
+    opener: Opener,
+    stdins: Stdins,
+    /// Held by every command that the session's end is to end.
+    holds: mpsc::Sender<()>,
+}
+
+impl Session {
+    async fn stream(self, mut stream: Stream) {
+        // A stream that says nothing sensible is reset by being dropped.
+        let Ok(Some(request)) = protocol::read(&mut stream).await else { return };
+        match request {
+            Request::Exec(request) => self.exec(request, stream).await,
+            Request::Stdin(id) => {
+                if let Some(command) = lock(&self.stdins).remove(&id) {
+                    let _ = command.send(stream);
+                }
+            }
+            Request::Ping(number) => answer(&mut stream, &Reply::Pong(number)).await,
+            Request::Freeze(on) => {
+                self.agent.0.running.freeze(on);
+                answer(&mut stream, &Reply::Done).await;
+            }
+            Request::Bind(binding) => match bind::apply(binding, &self.agent.0.env) {
+                Ok(()) => answer(&mut stream, &Reply::Done).await,
+                Err((failure, message)) => answer(&mut stream, &Reply::Failed(failure, message)).await,
+            },
+            Request::Renew(renewed) => match renew::apply(&renewed) {
+                Ok(()) => answer(&mut stream, &Reply::Done).await,
+                Err(message) => answer(&mut stream, &Reply::Failed(Failure::Other, message)).await,
+            },
+            Request::Shutdown => {
+                answer(&mut stream, &Reply::Done).await;
+                tokio::spawn(shutdown::shutdown());
+            }
+        }
+    }
+
+    async fn exec(self, request: ExecRequest, mut control: Stream) {
+        let Some(slot) = self.agent.0.running.enter(&self.opener, request.detached) else {
+            let message = format!("{MAX_EXECS} commands run already in this session");
+            return answer(&mut control, &Reply::Failed(Failure::Limit, message)).await;
+        };
+        let id = request.id;
+        let stdin = request.stdin.then(|| {
+            let (send, stream) = oneshot::channel();
+            lock(&self.stdins).insert(id, send);
+            stream
+        });
+        let bound = lock(&self.agent.0.env).clone();
+        match spawn::spawn(&request, &bound, &self.agent.0.reaper) {
+            Ok(process) => {
+                // The session's own handles are let go: only what its end is to end may hold it.
+                let Session { opener, stdins, holds, .. } = self;
+                exec::run(exec::Exec { id, process, control, opener, slot, holds, stdin }).await;
+                lock(&stdins).remove(&id);
+            }
+            Err((failure, message)) => {
+                lock(&self.stdins).remove(&id);
+                answer(&mut control, &Reply::Failed(failure, message)).await;
+            }
+        }
+    }
+}
+
+/// Says the last word on a stream.
+async fn answer(stream: &mut Stream, reply: &Reply) {
+    if let Ok(bytes) = protocol::encode(reply)
+        && stream.write_all(&bytes).await.is_ok()
+    {
+        let _ = stream.shutdown().await;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,480 @@
+//! The host's side.
+
+use std::collections::HashMap;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use yamux::Mode;
+
+use crate::link::{Handshake, Kind, Link, VERSION};
+use crate::mux::{Opener, Stream, session};
+use crate::protocol::{self, Control, Failure, Header, Renew, Reply, Request, Which};
+
+pub use crate::protocol::{Bind, ExecRequest, Exit};
+
+/// What went wrong between host and agent. Never contains arguments or environment of a command.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The agent is older or newer than this vmkit.
+    #[error("the guest's agent speaks protocol version {guest}, and this vmkit speaks {host}")]
+    Version {
+        /// Ours.
+        host: u16,
+        /// The agent's.
+        guest: u16,
+    },
+    /// The line ended before the agent answered.
+    #[error("the line to the guest's agent closed before it answered")]
+    Handshake,
+    /// The connection is gone: the machine stopped, or the agent did.
+    #[error("the connection to the guest's agent is closed")]
+    Closed,
+    /// What arrived is not what it should be.
+    #[error("the guest's agent sent something unexpected: {0}")]
+    Protocol(String),
+    /// There is no such program.
+    #[error("{0}")]
+    NotFound(String),
+    /// It cannot be executed.
+    #[error("{0}")]
+    NotExecutable(String),
+    /// There is no such working directory.
+    #[error("{0}")]
+    NoSuchDirectory(String),
+    /// There is no such user or group.
+    #[error("{0}")]
+    NoSuchUser(String),
+    /// Too many commands at once.
+    #[error("{0}")]
+    Limit(String),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The guest could not start it.
+    #[error("{0}")]
+    Guest(String),
+    /// Reading or writing failed.
+    #[error("talking to the guest's agent: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A session with an agent. Cheap to clone; when the last clone and the last of its commands are dropped, the session ends,
+/// and with it what was not started detached.
+#[derive(Clone)]
+pub struct Client(Arc<Inner>);
+
+struct Inner {
+    opener: Opener,
+    next_id: AtomicU64,
+    waiting: Waiting,
+    /// Ends the session at once, also while streams are still held.
+    driver: JoinHandle<()>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// Readers whose stream the agent has not opened yet.
+type Waiting = Arc<Mutex<HashMap<(u64, Which), oneshot::Sender<Option<Stream>>>>>;
+
+impl Client {
+    /// Begins a session on a line. Returns when the agent has answered, however long that takes: set a deadline.
+    ///
+    /// # Errors
+    /// [`AgentError::Version`] when the agent speaks another version, [`AgentError::Handshake`] when the line ends.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the line.
+    pub async fn connect<S>(line: S) -> Result<Client, AgentError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let link = Link::new(line);
+        let nonce = nonce();
+        link.send_handshake(&Handshake { kind: Kind::Hello, version: VERSION, nonce }).await?;
+        loop {
+            let Some(answer) = link.next_handshake().await? else { return Err(AgentError::Handshake) };
+            // An answer to an earlier host may still be on the line.
+            if answer.kind != Kind::Ack || answer.nonce != nonce {
+                continue;
+            }
+            if answer.version != VERSION {
+                return Err(AgentError::Version { host: VERSION, guest: answer.version });
+            }
+            break;
+        }
+        let (drive, opener, inbound) = session(link, Mode::Client);
+        let waiting = Waiting::default();
+        let driver = tokio::spawn(drive);
+        tokio::spawn(dispatch(inbound, waiting.clone()));
+        Ok(Client(Arc::new(Inner { opener, next_id: AtomicU64::new(1), waiting, driver })))
+    }
+
+    /// Returns once the agent has answered this very call.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the connection is gone.
+    pub async fn ping(&self) -> Result<(), AgentError> {
+        let number = self.0.next_id.fetch_add(1, Ordering::Relaxed);
+        match self.ask(&Request::Ping(number)).await? {
+            Reply::Pong(same) if same == number => Ok(()),
+            other => Err(AgentError::Protocol(format!("{other:?} to a ping"))),
+        }
+    }
+
+    /// Asks the guest to shut down. Returns when it has begun to.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the connection is gone.
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        self.done(&Request::Shutdown).await
+    }
+
+    /// Tells the agent that the machine is about to be suspended, or that this was called off: commands that run survive the
+    /// loss of their sessions, and what they print then is thrown away.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the connection is gone.
+    pub async fn freeze(&self, on: bool) -> Result<(), AgentError> {
+        self.done(&Request::Freeze(on)).await
+    }
+
+    /// Sets the guest's clock to this host's, and gives its kernel fresh random numbers: after a resume.
+    ///
+    /// # Errors
+    /// Says which could not be done.
+    pub async fn renew(&self) -> Result<(), AgentError> {
+        let mut seed = [0; 32];
+        for part in seed.chunks_mut(16) {
+            part.copy_from_slice(&nonce());
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        match self.ask(&Request::Renew(Renew { now, seed })).await? {
+            Reply::Done => Ok(()),
+            Reply::Failed(failure, message) => Err(failed(failure, message)),
+            other => Err(AgentError::Protocol(format!("{other:?} to a request"))),
+        }
+    }
+
+    /// Gives the guest what it was not started with, in one question and one answer.
+    ///
+    /// # Errors
+    /// Says which part could not be applied, without values and contents.
+    pub async fn bind(&self, binding: Bind) -> Result<(), AgentError> {
+        match self.ask(&Request::Bind(binding)).await? {
+            Reply::Done => Ok(()),
+            Reply::Failed(failure, message) => Err(failed(failure, message)),
+            other => Err(AgentError::Protocol(format!("{other:?} to a request"))),
+        }
+    }
+
+    /// Returns when the connection is gone.
+    pub async fn closed(&self) {
+        self.0.opener.closed().await;
+    }
+
+    /// Whether the connection is gone.
+    pub fn is_closed(&self) -> bool {
+        self.0.opener.is_closed()
+    }
+
+    /// Starts a command. The request's `id` is chosen here.
+    ///
+    /// # Errors
+    /// Says which of program, permission, directory or user was wrong, without arguments.
+    ///
+    /// # Cancel safety
+    /// Dropping the future kills what was started.
+    pub async fn exec(&self, mut request: ExecRequest) -> Result<Exec, AgentError> {
+        let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
+        request.id = id;
+        let (stdin, detached) = (request.stdin, request.detached);
+        let outputs = [(Which::Stdout, request.stdout), (Which::Stderr, request.stderr)];
+        // Before the request: the agent may open a stream before it answers.
+        let [stdout, stderr] = outputs.map(|(which, wanted)| wanted.then(|| self.expect(id, which)));
+        let stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
+        let (mut from, mut to) = tokio::io::split(stream);
+        send(&mut to, &Request::Exec(request)).await?;
+        let pid = match receive(&mut from).await? {
+            Reply::Started(pid) => pid,
+            Reply::Failed(failure, message) => return Err(failed(failure, message)),
+            other => return Err(AgentError::Protocol(format!("{other:?} to a command"))),
+        };
+        let (ended, exit) = watch::channel(Progress::Running);
+        let reader = tokio::spawn(follow(from, id, self.0.waiting.clone(), ended));
+        let control = ExecControl { to: Some(to), exit, reader, detached, session: self.clone() };
+        let stdin = match stdin {
+            true => {
+                let mut stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
+                stream.write_all(&protocol::encode(&Request::Stdin(id))?).await.map_err(|_| AgentError::Closed)?;
+                Some(ExecStdin(stream))
+            }
+            false => None,
+        };
+        Ok(Exec { pid, stdin, stdout, stderr, control })
+    }
+
+    fn expect(&self, id: u64, which: Which) -> ExecReader {
+        let (arrives, stream) = oneshot::channel();
+        lock(&self.0.waiting).insert((id, which), arrives);
+        let key = (id, which);
+        ExecReader { state: Reading::Waiting(stream), session: self.clone(), key }
+    }
+
+    async fn done(&self, request: &Request) -> Result<(), AgentError> {
+        match self.ask(request).await? {
+            Reply::Done => Ok(()),
+            other => Err(AgentError::Protocol(format!("{other:?} to a request"))),
+        }
+    }
+
+    async fn ask(&self, request: &Request) -> Result<Reply, AgentError> {
+        let mut stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
+        send(&mut stream, request).await?;
+        receive(&mut stream).await
+    }
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("closed", &self.is_closed()).finish()
+    }
+}
+
+/// A command that runs.
+#[derive(Debug)]
+pub struct Exec {
+    /// Its process id in the guest.
+    pub pid: u32,
+    /// Its standard input, when connected.
+    pub stdin: Option<ExecStdin>,
+    /// Its standard output, when connected.
+    pub stdout: Option<ExecReader>,
+    /// Its standard error, when connected.
+    pub stderr: Option<ExecReader>,
+    /// Waiting and signalling. Dropped before the command ended, it kills it, unless it was started detached.
+    pub control: ExecControl,
+}
+
+/// Waiting for a command and signalling it.
+#[derive(Debug)]
+pub struct ExecControl {
+    to: Option<WriteHalf<Stream>>,
+    exit: watch::Receiver<Progress>,
+    reader: JoinHandle<()>,
+    detached: bool,
+    #[expect(dead_code, reason = "keeps the session for as long as the command is held")]
+    session: Client,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Progress {
+    Running,
+    Ended(Exit),
+    Lost,
+}
+
+impl ExecControl {
+    /// How it ended. Does not wait for its streams to be read.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the connection was lost first.
+    ///
+    /// # Cancel safety
+    /// May be dropped and called again.
+    pub async fn wait(&mut self) -> Result<Exit, AgentError> {
+        let progress = self.exit.wait_for(|progress| !matches!(progress, Progress::Running)).await;
+        match progress.map(|progress| *progress) {
+            Ok(Progress::Ended(exit)) => Ok(exit),
+            Ok(Progress::Running | Progress::Lost) | Err(_) => Err(AgentError::Closed),
+        }
+    }
+
+    /// Sends a signal to its process group. One that has ended is left alone.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the connection is gone.
+    pub async fn signal(&mut self, signal: i32) -> Result<(), AgentError> {
+        match &mut self.to {
+            Some(to) if !matches!(*self.exit.borrow(), Progress::Ended(_)) => send(to, &Control::Signal(signal)).await,
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for ExecControl {
+    fn drop(&mut self) {
+        // The control stream's end is what kills it. One that has ended still has to say which outputs stayed silent.
+        if matches!(*self.exit.borrow(), Progress::Running) && !self.detached {
+            self.reader.abort();
+        }
+    }
+}
+
+/// A command's standard input. Shut it down to signal the end.
+#[derive(Debug)]
+pub struct ExecStdin(Stream);
+
+impl AsyncWrite for ExecStdin {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        match ready!(Pin::new(&mut self.0).poll_write(cx, data)) {
+            Err(error) if error.kind() == io::ErrorKind::WriteZero => {
+                Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+            }
+            other => Poll::Ready(other),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// One of a command's outputs. What is not read holds the command back; nothing is lost.
+#[derive(Debug)]
+pub struct ExecReader {
+    state: Reading,
+    session: Client,
+    key: (u64, Which),
+}
+
+#[derive(Debug)]
+enum Reading {
+    Waiting(oneshot::Receiver<Option<Stream>>),
+    Open(Stream),
+    Ended,
+}
+
+impl AsyncRead for ExecReader {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            match &mut self.state {
+                Reading::Waiting(stream) => {
+                    self.state = match ready!(Pin::new(stream).poll(cx)) {
+                        Ok(Some(stream)) => Reading::Open(stream),
+                        Ok(None) | Err(_) => Reading::Ended,
+                    };
+                }
+                Reading::Open(stream) => {
+                    let before = buf.filled().len();
+                    let read = ready!(Pin::new(stream).poll_read(cx, buf));
+                    if read.is_err() || buf.filled().len() == before {
+                        self.state = Reading::Ended;
+                    }
+                    return Poll::Ready(read);
+                }
+                Reading::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+impl Drop for ExecReader {
+    fn drop(&mut self) {
+        // A stream that arrives for nobody is reset, and the command sees a broken pipe.
+        lock(&self.session.0.waiting).remove(&self.key);
+    }
+}
+
+/// Gives the streams that the agent opens to whoever waits for them.
+async fn dispatch(mut inbound: mpsc::UnboundedReceiver<Stream>, waiting: Waiting) {
+    while let Some(mut stream) = inbound.recv().await {
+        let waiting = waiting.clone();
+        tokio::spawn(async move {
+            if let Ok(Some(Header { id, which })) = protocol::read(&mut stream).await
+                && let Some(reader) = lock(&waiting).remove(&(id, which))
+            {
+                let _ = reader.send(Some(stream));
+            }
+        });
+    }
+    // The session is over: nothing will arrive any more.
+    lock(&waiting).clear();
+}
+
+/// Reads a command's control stream to its end.
+async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: watch::Sender<Progress>) {
+    while let Ok(Some(reply)) = protocol::read(&mut from).await {
+        match reply {
+            Reply::Exited(exit) => drop(ended.send_replace(Progress::Ended(exit))),
+            Reply::Silent(which) => {
+                if let Some(reader) = lock(&waiting).remove(&(id, which)) {
+                    let _ = reader.send(None);
+                }
+            }
+            Reply::Started(_) | Reply::Failed(..) | Reply::Pong(_) | Reply::Done => break,
+        }
+    }
+    ended.send_if_modified(|progress| {
+        let lost = matches!(progress, Progress::Running);
+        if lost {
+            *progress = Progress::Lost;
+        }
+        lost
+    });
+}
+
+async fn send(to: &mut (impl AsyncWrite + Unpin), message: &impl serde::Serialize) -> Result<(), AgentError> {
+    let bytes = protocol::encode(message).map_err(|error| AgentError::Invalid(error.to_string()))?;
+    to.write_all(&bytes).await.map_err(|_| AgentError::Closed)?;
+    to.flush().await.map_err(|_| AgentError::Closed)
+}
+
+async fn receive(from: &mut (impl AsyncRead + Unpin)) -> Result<Reply, AgentError> {
+    match protocol::read(from).await {
+        Ok(Some(reply)) => Ok(reply),
+        Ok(None) => Err(AgentError::Closed),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(AgentError::Protocol(error.to_string())),
+        Err(_) => Err(AgentError::Closed),
+    }
+}
+
+fn failed(failure: Failure, message: String) -> AgentError {
+    match failure {
+        Failure::NotFound => AgentError::NotFound(message),
+        Failure::NotExecutable => AgentError::NotExecutable(message),
+        Failure::NoDirectory => AgentError::NoSuchDirectory(message),
+        Failure::NoUser => AgentError::NoSuchUser(message),
+        Failure::Limit => AgentError::Limit(message),
+        Failure::Invalid => AgentError::Invalid(message),
+        Failure::Other => AgentError::Guest(message),
+    }
+}
+
+fn nonce() -> [u8; 16] {
+    let mut nonce = [0; 16];
+    let mut filled = 0;
+    while filled < nonce.len() {
+        match rustix::rand::getrandom(&mut nonce[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => filled += n,
+            Err(rustix::io::Errno::INTR) => {}
+            // Without random numbers, the process and the time still tell this session from an older one's.
+            Err(_) => {
+                let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+                nonce[..8].copy_from_slice(&(now.as_nanos() as u64).to_le_bytes());
+                nonce[8..12].copy_from_slice(&std::process::id().to_le_bytes());
+                break;
+            }
+        }
+    }
+    nonce
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,143 @@
+//! The guest agent's executable: process 1 in our images, an ordinary service elsewhere.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use lexopt::prelude::*;
+use vmkit_agent::agent::{Agent, Line, Port, init, ports};
+
+const HELP: &str = "\
+The guest agent of vmkit: executes commands for the host.
+
+Usage: vmkit-agent [--listen virtio|unix:PATH|tcp:ADDRESS:PORT]
+
+  --listen WHERE  virtio (the default): every port whose name begins with org.vmkit.agent.
+                  unix, tcp: for tests and for guests without virtio-serial; nobody is authenticated
+  --version       print the versions of the program and of the protocol
+  --help          print this
+
+As process 1 it loads the modules of its initramfs, mounts the root disk and reaps orphans.
+";
+
+/// How often ports are looked for that appear late.
+const LOOKS: Duration = Duration::from_millis(10);
+/// How long there may be none before that is an error.
+const APPEARS: Duration = Duration::from_secs(60);
+
+enum Listen {
+    Virtio,
+    Unix(PathBuf),
+    Tcp(String),
+}
+
+fn main() -> ExitCode {
+    let first = std::process::id() == 1;
+    if first && let Err(error) = init() {
+        vmkit_agent::agent::give_up(&error);
+        return ExitCode::FAILURE;
+    }
+    // What the kernel passes on to process 1 is not for us.
+    let listen = if first { Ok(Some(Listen::Virtio)) } else { arguments() };
+    let listen = match listen {
+        Ok(Some(listen)) => listen,
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmkit-agent: {error}; see --help");
+            return ExitCode::from(2);
+        }
+    };
+    vmkit_agent::agent::be_patient();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = runtime.and_then(|runtime| runtime.block_on(serve(listen)));
+    if let Err(error) = result {
+        eprintln!("vmkit-agent: {error}");
+        if first {
+            vmkit_agent::agent::give_up(&error);
+        }
+    }
+    ExitCode::FAILURE
+}
+
+fn arguments() -> Result<Option<Listen>, lexopt::Error> {
+    let mut listen = Listen::Virtio;
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("listen") => {
+                let value = parser.value()?.string()?;
+                listen = match value.split_once(':') {
+                    None if value == "virtio" => Listen::Virtio,
+                    Some(("unix", path)) => Listen::Unix(path.into()),
+                    Some(("tcp", address)) => Listen::Tcp(address.to_owned()),
+                    _ => return Err(format!("cannot listen on {value:?}").into()),
+                };
+            }
+            Long("version") => {
+                println!("vmkit-agent {} (protocol {})", env!("CARGO_PKG_VERSION"), vmkit_agent::link::VERSION);
+                return Ok(None);
+            }
+            Long("help") | Short('h') => {
+                print!("{HELP}");
+                return Ok(None);
+            }
+            _ => return Err(arg.unexpected()),
+        }
+    }
+    Ok(Some(listen))
+}
+
+async fn serve(listen: Listen) -> std::io::Result<()> {
+    let agent = Agent::new()?;
+    match listen {
+        Listen::Virtio => virtio(agent).await,
+        Listen::Unix(path) => {
+            let listener = tokio::net::UnixListener::bind(path)?;
+            loop {
+                let (line, _) = listener.accept().await?;
+                let agent = agent.clone();
+                tokio::spawn(async move { report(agent.serve(line, Line::Once).await) });
+            }
+        }
+        Listen::Tcp(address) => {
+            let listener = tokio::net::TcpListener::bind(address).await?;
+            loop {
+                let (line, _) = listener.accept().await?;
+                line.set_nodelay(true)?;
+                let agent = agent.clone();
+                tokio::spawn(async move { report(agent.serve(line, Line::Once).await) });
+            }
+        }
+    }
+}
+
+async fn virtio(agent: Agent) -> std::io::Result<()> {
+    let mut served: Vec<PathBuf> = Vec::new();
+    let mut waited = Duration::ZERO;
+    loop {
+        for node in ports() {
+            if !served.contains(&node) {
+                let port = Port::open(&node)?;
+                let agent = agent.clone();
+                tokio::spawn(async move { report(agent.serve(port, Line::Lasting).await) });
+                served.push(node);
+            }
+        }
+        if served.is_empty() && waited > APPEARS {
+            let message = "no virtio port named org.vmkit.agent.* has appeared";
+            return Err(std::io::Error::new(std::io::ErrorKind::NotFound, message));
+        }
+        // The kernel announces a device's ports one after the other, all within moments.
+        if !served.is_empty() && waited > Duration::from_secs(5) {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(LOOKS).await;
+        waited += LOOKS;
+    }
+}
+
+fn report(result: std::io::Result<()>) {
+    if let Err(error) = result {
+        eprintln!("vmkit-agent: a line failed: {error}");
+    }
+}
