@@ -1,0 +1,129 @@
+//! An image is put together in a directory that nobody else knows, then moved into the store.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+use vmkit::{Error, Result};
+
+use crate::agent::Agent;
+use crate::digest;
+use crate::files;
+use crate::initramfs;
+use crate::kernel;
+use crate::manifest::{self, DISK, FORMAT, FileEntry, INITRAMFS, KERNEL, Manifest};
+use crate::progress::Phase;
+use crate::recipe::Recipe;
+use crate::root;
+use crate::run::Work;
+
+/// The agent mounts this disk as its root; console and the rest are the backend's.
+const CMDLINE: &str = "vmkit.root=/dev/vda vmkit.rootfstype=ext4";
+
+/// Makes an image in the directory `image` and describes it.
+pub(crate) fn build(work: &Work<'_>, recipe: &Recipe, kernels: &Path, image: &Path) -> Result<Manifest> {
+    let kernel = kernel::prepare(work, &recipe.kernel, kernels)?;
+    root::make(work, &recipe.root, recipe.size, &image.join(DISK))?;
+    let agent = read_agent(&recipe.agent)?;
+    work.report(Phase::Initramfs, &format!("the agent and {} modules", kernel.modules.len()));
+    write(&image.join(INITRAMFS), &initramfs::archive(&agent, &kernel.modules))?;
+    match kernel.ours {
+        true => link(&kernel.file, &image.join(KERNEL))?,
+        false => copy(&kernel.file, &image.join(KERNEL))?,
+    }
+
+    work.report(Phase::Finish, "checking");
+    let mut files = BTreeMap::new();
+    files.insert(DISK.to_owned(), entry(&image.join(DISK), digest::dig_holes)?);
+    files.insert(INITRAMFS.to_owned(), entry(&image.join(INITRAMFS), digest::of_file)?);
+    files.insert(KERNEL.to_owned(), entry(&image.join(KERNEL), digest::of_file)?);
+    work.check()?;
+    describe(image, kernel.version, &recipe.agent, files)
+}
+
+/// Makes the same image with another agent: the disk and the kernel are shared, only the initramfs is new.
+pub(crate) fn exchange_agent(
+    work: &Work<'_>,
+    old: &Path,
+    manifest: &Manifest,
+    agent: &Agent,
+    image: &Path,
+) -> Result<Manifest> {
+    work.report(Phase::Initramfs, "bringing the agent up to date");
+    let path = old.join(INITRAMFS);
+    let archive = fs::read(&path).map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))?;
+    write(&image.join(INITRAMFS), &initramfs::with_agent(&archive, &read_agent(agent)?)?)?;
+    let mut files = manifest.files.clone();
+    files.insert(INITRAMFS.to_owned(), entry(&image.join(INITRAMFS), digest::of_file)?);
+    for name in [KERNEL, DISK] {
+        link(&old.join(name), &image.join(name))?;
+    }
+    describe(image, manifest.kernel_version.clone(), agent, files)
+}
+
+/// Moves a finished image to its place. What was there, if anything, is damaged: the two change places.
+pub(crate) fn place(work: &Work<'_>, image: &Path, place: &Path) -> Result<()> {
+    work.report(Phase::Finish, "writing through to disk");
+    files::seal(image)?;
+    let failed = |error| Error::io(format!("{} cannot be put in its place", place.display()), error);
+    match renameat_with(CWD, image, CWD, place, RenameFlags::EXCHANGE) {
+        Ok(()) => {}
+        Err(Errno::NOENT) => fs::rename(image, place).map_err(failed)?,
+        // A file system that cannot exchange: for a moment nothing is there, as good as what was.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            fs::rename(place, work.path("damaged")).map_err(failed)?;
+            fs::rename(image, place).map_err(failed)?;
+        }
+        Err(error) => return Err(failed(error.into())),
+    }
+    files::sync_dir(place.parent().unwrap_or(place))
+}
+
+fn describe(image: &Path, kernel: String, agent: &Agent, files: BTreeMap<String, FileEntry>) -> Result<Manifest> {
+    let manifest = Manifest {
+        format: FORMAT,
+        digest: String::new(),
+        created: manifest::now(),
+        kernel_version: kernel,
+        agent_digest: agent.digest().to_owned(),
+        agent_version: agent.version().to_owned(),
+        cmdline: CMDLINE.to_owned(),
+        files,
+    }
+    .seal();
+    write(&image.join("manifest.json"), &manifest::text(&manifest))?;
+    Ok(manifest)
+}
+
+fn entry(path: &Path, sum: fn(&Path) -> Result<String>) -> Result<FileEntry> {
+    let meta = path.metadata().map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))?;
+    Ok(FileEntry { digest: sum(path)?, size: meta.len() })
+}
+
+/// Reads the agent again, and makes sure that it is still the one whose digest we have.
+fn read_agent(agent: &Agent) -> Result<Vec<u8>> {
+    let path = agent.path();
+    let bytes = fs::read(path).map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))?;
+    match digest::of_bytes(&bytes) == agent.digest() {
+        true => Ok(bytes),
+        false => Err(Error::new(vmkit::ErrorKind::Busy, format!("{} changed meanwhile", path.display()))
+            .hint("try again when the agent's build is done")),
+    }
+}
+
+fn write(path: &Path, content: &[u8]) -> Result<()> {
+    fs::write(path, content).map_err(|error| Error::io(format!("{} cannot be written", path.display()), error))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let failed = |error| Error::io(format!("{} cannot be copied to {}", from.display(), to.display()), error);
+    fs::copy(from, to).map(drop).map_err(failed)
+}
+
+/// A second name for a file of the store, which is never written to.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    // Where there are no links a copy does, without holes: they are dug again.
+    fs::hard_link(from, to).or_else(|_| copy(from, to).and_then(|()| digest::dig_holes(to)).map(drop))
+}

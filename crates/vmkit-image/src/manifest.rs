@@ -1,0 +1,121 @@
+//! What the store writes about its images.
+//!
+//! `images/sha256-…/manifest.json` describes an image and never changes; `names/NAME.json` says which image a name means.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use vmkit::{Error, ErrorKind, Result};
+
+use crate::agent::Agent;
+use crate::digest;
+
+/// The kernel's file in an image's directory.
+pub(crate) const KERNEL: &str = "kernel";
+/// The initramfs's file in an image's directory.
+pub(crate) const INITRAMFS: &str = "initramfs";
+/// The disk's file in an image's directory.
+pub(crate) const DISK: &str = "disk";
+
+/// Rises when an image that older code made is no longer what this code would make.
+pub(crate) const FORMAT: u32 = 1;
+
+/// An image, as its directory describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Manifest {
+    pub format: u32,
+    pub digest: String,
+    pub created: u64,
+    pub kernel_version: String,
+    pub agent_digest: String,
+    pub agent_version: String,
+    pub cmdline: String,
+    pub files: BTreeMap<String, FileEntry>,
+}
+
+/// One file of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct FileEntry {
+    pub digest: String,
+    pub size: u64,
+}
+
+/// What a name means.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Name {
+    pub image: String,
+    pub built: u64,
+    /// The built-in recipe it was made by; none for a root file system that somebody gave us.
+    pub recipe: Option<String>,
+    /// What the root file system was made from, for people.
+    pub source: String,
+}
+
+impl Manifest {
+    /// Whether making it again with this agent would change anything but the root file system.
+    pub(crate) fn is_current(&self, agent: &Agent) -> bool {
+        self.format == FORMAT && self.agent_digest == agent.digest() && self.agent_version == agent.version()
+    }
+
+    /// The digest of everything that decides how the image behaves. When it was made is not part of it.
+    pub(crate) fn seal(mut self) -> Manifest {
+        let mut text = format!("vmkit image {}\n{}\n{}\n", self.format, self.agent_version, self.cmdline);
+        text += &format!("{}\n{}\n", self.kernel_version, self.agent_digest);
+        for (name, file) in &self.files {
+            text += &format!("{name} {} {}\n", file.size, file.digest);
+        }
+        self.digest = digest::of_bytes(text.as_bytes());
+        self
+    }
+}
+
+/// Reads JSON that the store wrote.
+pub(crate) fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))?;
+    serde_json::from_slice(&text).map_err(|error| {
+        Error::new(ErrorKind::Corrupt, format!("{} is damaged, or from another version of vmkit", path.display()))
+            .caused_by(error)
+    })
+}
+
+/// The JSON of what the store writes.
+pub(crate) fn text(value: &impl Serialize) -> Vec<u8> {
+    let mut text = serde_json::to_vec_pretty(value).expect("maps with string keys are always JSON");
+    text.push(b'\n');
+    text
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// An image in a listing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ImageInfo {
+    /// Its name.
+    pub name: String,
+    /// Its content's digest; empty when that cannot be read.
+    pub digest: String,
+    /// The space it occupies, in bytes.
+    pub size: u64,
+    /// How large its disk looks from inside a machine, in bytes.
+    pub virtual_size: u64,
+    /// When it was made, in seconds since 1970. A newer agent does not change it.
+    pub created: u64,
+    /// What its root file system was made from: `base`, `debian`, or the path of a directory or tar.
+    pub source: String,
+    /// Its kernel's version.
+    pub kernel_version: String,
+    /// The version of the agent in it.
+    pub agent_version: String,
+    /// What is wrong with it, as far as can be seen without reading its files; empty is good.
+    pub problems: Vec<String>,
+}
