@@ -1,0 +1,38 @@
+//! What differs between processor architectures. Only x86_64 has ever been run.
+
+/// One architecture.
+pub(crate) struct Arch {
+    /// QEMU's program.
+    pub program: &'static str,
+    /// Debian's package of it.
+    pub package: &'static str,
+    /// The machine type: one that boots reliably when the host is loaded. (microvm does not: without HPET and PM timer its
+    /// clock calibration hangs under TCG.)
+    pub machine: &'static str,
+    /// The kernel's name for the first serial port.
+    pub console: &'static str,
+    /// What the kernel's command line has on this architecture only.
+    pub cmdline: &'static str,
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) const ARCH: Arch = Arch {
+    program: "qemu-system-x86_64",
+    package: "qemu-system-x86",
+    machine: "q35,sata=off,usb=off,vmport=off",
+    console: "ttyS0",
+    // `reboot=t` ends the machine by a triple fault, which needs no firmware.
+    cmdline: "reboot=t no_timer_check",
+};
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) const ARCH: Arch = Arch {
+    program: "qemu-system-aarch64",
+    package: "qemu-system-arm",
+    machine: "virt,gic-version=max",
+    console: "ttyAMA0",
+    cmdline: "",
+};
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+compile_error!("vmkit runs on x86_64 and aarch64");

@@ -1,0 +1,127 @@
+//! QEMU's command line for a machine.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use serde_json::json;
+use vmkit::{BootImage, Id, Spec};
+use vmkit_agent::agent::PORT_NAME;
+
+use super::arch::{ARCH, Arch};
+use super::layout::{DISK, MEMORY, QMP, QMP_PROBE, SERIAL};
+
+/// How many processes can talk to one guest's agent at once; each has a port of its own.
+pub(crate) const LINES: usize = 8;
+
+/// The socket of an agent's line, in the machine's directory.
+pub(crate) fn line_socket(line: usize) -> String {
+    format!("agent.{line}.sock")
+}
+
+/// Boot, or go on from a saved execution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    Boot,
+    Resume,
+}
+
+/// The arguments, for a QEMU whose working directory is the machine's.
+pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, begin: Begin) -> Vec<OsString> {
+    let mut args: Vec<OsString> = Vec::with_capacity(64);
+    let mut add = |list: &[&str]| args.extend(list.iter().map(OsString::from));
+    add(&["-name", id.as_str(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    add(&["-M", &format!("{},memory-backend=m0", ARCH.machine)]);
+    match accelerator {
+        "kvm" => add(&["-accel", "kvm", "-cpu", "host"]),
+        _ => add(&["-accel", "tcg,thread=multi", "-cpu", "max"]),
+    }
+    add(&["-smp", &spec.cpus.to_string(), "-m", &spec.memory_mib.to_string()]);
+    add(&["-object", &format!("memory-backend-file,id=m0,size={}M,mem-path={MEMORY},share=on", spec.memory_mib)]);
+    for name in [QMP, QMP_PROBE] {
+        add(&["-qmp", &format!("unix:{name},server=on,wait=off")]);
+    }
+    // A resumed machine goes on writing where it stopped.
+    let append = if begin == Begin::Resume { "on" } else { "off" };
+    add(&["-chardev", &format!("file,id=console,path={SERIAL},append={append}"), "-serial", "chardev:console"]);
+    add(&["-device", "virtio-serial-pci"]);
+    for line in 0..LINES {
+        add(&["-chardev", &format!("socket,id=a{line},path={},server=on,wait=off", line_socket(line))]);
+        add(&["-device", &format!("virtserialport,chardev=a{line},name={PORT_NAME}{line}")]);
+    }
+    if let Some(base) = &image.disk {
+        // As JSON: a path may have commas.
+        let disk = json!({
+            "node-name": "disk", "driver": "qcow2", "discard": "unmap",
+            "file": { "driver": "file", "filename": DISK, "discard": "unmap" },
+            "backing": { "driver": "raw", "read-only": true, "file": { "driver": "file", "filename": base, "read-only": true } },
+        });
+        add(&["-blockdev", &disk.to_string()]);
+        // A full disk is the guest's error, not a guest that stands still.
+        add(&["-device", "virtio-blk-pci,drive=disk,werror=report,rerror=report"]);
+    }
+    if begin == Begin::Resume {
+        add(&["-incoming", "defer", "-S"]);
+    }
+    // Also to resume: QEMU would load it on a reset.
+    args.extend(["-kernel".into(), path(&image.kernel), "-initrd".into(), path(&image.initramfs)]);
+    args.extend(["-append".into(), cmdline(id, image, accelerator).into()]);
+    args
+}
+
+/// The kernel's command line. Beside console and root: no self-tests of ciphers, no waiting for quiet processors where an
+/// expedited wait does, no audit. Together a sixth of a boot under TCG.
+fn cmdline(id: &Id, image: &BootImage, accelerator: &str) -> String {
+    let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0";
+    // A translated guest does not execute speculatively as its code says: what its kernel does against that only costs. With
+    // KVM the guest's kernel decides.
+    let translated = if accelerator == "tcg" { "mitigations=off" } else { "" };
+    let Arch { console, cmdline, .. } = &ARCH;
+    format!("console={console} {ours} {translated} {cmdline} {} vmkit.hostname={id}", image.cmdline)
+}
+
+fn path(path: &Path) -> OsString {
+    path.as_os_str().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmkit::Source;
+
+    #[test]
+    fn the_command_line_is_closed_and_complete() {
+        let image = BootImage {
+            name: "base".into(),
+            digest: "sha256:0".into(),
+            kernel: "/k,1".into(),
+            initramfs: "/i".into(),
+            disk: Some("/odd,dir/disk".into()),
+            cmdline: "vmkit.root=/dev/vda".into(),
+        };
+        let spec = Spec::new(Source::Boot(image.clone())).cpus(3).memory_mib(512);
+        let id = Id::new("web").unwrap();
+        let line = |begin, accelerator| -> Vec<String> {
+            args(&id, &spec, &image, accelerator, begin).into_iter().map(|arg| arg.into_string().unwrap()).collect()
+        };
+        let boot = line(Begin::Boot, "tcg");
+        let text = boot.join(" ");
+        for part in [
+            "-sandbox on,",
+            "-nodefaults",
+            "-smp 3 -m 512",
+            "size=512M",
+            "vmkit.hostname=web",
+            "/odd,dir/disk",
+            "-kernel /k,1",
+            "name=org.vmkit.agent.7",
+        ] {
+            assert!(text.contains(part), "{part} is missing in {text}");
+        }
+        assert!(!text.contains("-incoming") && !text.contains("-net"));
+        assert!(line(Begin::Resume, "tcg").contains(&"defer".to_owned()));
+        assert!(text.contains("mitigations=off"));
+        let kvm = line(Begin::Boot, "kvm").join(" ");
+        assert!(kvm.contains("-cpu host") && !kvm.contains("mitigations"), "{kvm}");
+    }
+}

@@ -1,0 +1,513 @@
+//! One machine: the verbs.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use tokio::process::{Child, Command};
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+use vmkit::{
+    Action, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Probe, Result, Source, Spec,
+};
+use vmkit_agent::client::Client;
+
+use super::args::{Begin, args};
+use super::host::HostFacts;
+use super::layout::{self, DISK, Layout, MEMORY, OUTPUT, QMP, Run, SERIAL, STATE, STATE_PARTIAL, STATE_SPENT};
+use super::line::{Line, translate};
+use super::lock::Lock;
+use super::probe::{QemuProbe, now};
+use super::qmp::Qmp;
+use super::{Accelerator, QemuConfig, console, qcow2, recover};
+use crate::process::{Held, Identity};
+
+/// How much of a log goes into an error, bytes.
+const TAIL: u64 = 2048;
+/// How long the agent may take to answer a request of ours.
+const AGENT_ANSWERS: Duration = Duration::from_secs(10);
+/// How long a QEMU whose sockets have closed may take to be gone.
+const ENDS: Duration = Duration::from_secs(2);
+/// What is left of a start's time when the start gives up by itself, to say why.
+const MARGIN: Duration = Duration::from_millis(500);
+
+/// The driver of one QEMU machine.
+pub struct QemuDriver {
+    id: Id,
+    spec: Spec,
+    config: QemuConfig,
+    layout: Layout,
+    dir: PathBuf,
+    lock: Option<Lock>,
+    process: Option<Process>,
+    line: Arc<Line>,
+}
+
+enum Process {
+    /// Our child: its exit status is ours to read.
+    Ours { child: Child, identity: Identity },
+    /// Started by another process, found by its record.
+    Found(Held),
+}
+
+impl Process {
+    fn identity(&self) -> &Identity {
+        match self {
+            Process::Ours { identity, .. } => identity,
+            Process::Found(held) => held.identity(),
+        }
+    }
+}
+
+impl QemuDriver {
+    pub(super) fn new(id: Id, spec: Spec, config: QemuConfig, layout: Layout) -> QemuDriver {
+        let dir = layout.machine(&id);
+        let line = Line::new(dir.clone());
+        QemuDriver { id, spec, config, layout, dir, lock: None, process: None, line }
+    }
+
+    /// Holds the process that the records name, if it is not held already.
+    pub(super) fn refresh(&mut self) {
+        let recorded = layout::read_run(&self.dir).map(|run| run.process);
+        if self.process.as_ref().map(Process::identity) != recorded.as_ref() {
+            let live = layout::live_run(&self.dir).map(|run| run.process);
+            let held = live.and_then(|identity| identity.hold().ok().flatten());
+            self.process = held.map(Process::Found);
+        }
+    }
+
+    fn image(&self) -> Result<&BootImage> {
+        match &self.spec.source {
+            Source::Boot(image) => Ok(image),
+            Source::Alias(name) => {
+                Err(Error::new(ErrorKind::InvalidArgument, format!("QEMU cannot boot the name {name:?}"))
+                    .hint("give the files of an image: Source::Boot"))
+            }
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Starts QEMU. From here on `kill` finds it, whatever happens.
+    fn spawn(&mut self, begin: Begin, accelerator: &str, program: &Path) -> Result<()> {
+        let image = self.image()?.clone();
+        check_files(&image)?;
+        let output = File::create(self.file(OUTPUT))
+            .map_err(|error| Error::io(format!("{} cannot be written", self.file(OUTPUT).display()), error))?;
+        let errors = output.try_clone().map_err(|error| Error::io("a descriptor cannot be copied", error))?;
+        let child = Command::new(program)
+            .args(args(&self.id, &self.spec, &image, accelerator, begin))
+            .current_dir(&self.dir)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            // Out of the terminal's reach: Ctrl-C is for whoever started us.
+            .process_group(0)
+            .kill_on_drop(false)
+            .spawn()
+            .map_err(|error| Error::io(format!("{} cannot be started", program.display()), error))?;
+        let pid = child.id().unwrap_or_default();
+        let identity = Identity::of(pid).map_err(|error| Error::io("the new process cannot be looked at", error))?;
+        let Some(identity) = identity else {
+            // It has ended already: the record is of nobody, and waiting for it tells how.
+            let identity = Identity { pid, start_time: 0, boot_id: String::new() };
+            self.process = Some(Process::Ours { child, identity });
+            return Ok(());
+        };
+        self.process = Some(Process::Ours { child, identity: identity.clone() });
+        let started = u64::try_from(now().as_millis()).unwrap_or(u64::MAX);
+        layout::write_run(&self.dir, &Run { process: identity, accelerator: accelerator.into(), started, ready: false })
+    }
+
+    /// The guest is up: from here on the machine is Running for everybody.
+    fn mark_ready(&self) -> Result<()> {
+        match layout::read_run(&self.dir) {
+            Some(run) => layout::write_run(&self.dir, &Run { ready: true, ..run }),
+            None => Err(Error::new(ErrorKind::Corrupt, "the record of the machine's process has vanished")),
+        }
+    }
+
+    fn follow(&self, from: u64, console: ConsoleSinks) {
+        if let Some(process) = &self.process {
+            console::follow(&self.dir, process.identity().clone(), from, console);
+        }
+    }
+
+    /// Waits for `ready` while QEMU lives and its kernel has not given up.
+    async fn until<T>(&mut self, from: u64, ready: impl Future<Output = Result<T>>) -> Result<T> {
+        let dir = self.dir.clone();
+        let limit = self.spec.timeouts.start.saturating_sub(MARGIN);
+        let mut outcome = tokio::select! {
+            biased;
+            ready = ready => ready,
+            exit = self.gone() => Err(exit_error(&exit)),
+            () = console::panicked(&dir, from) => Err(Error::new(ErrorKind::Exited, "the guest's kernel panicked")),
+            () = sleep(limit) => Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("the guest's agent did not answer within {limit:?}"),
+            )
+            .hint("a busy host boots slowly: allow more time; else the end of the console tells where the guest stands")),
+        };
+        // A line that breaks is mostly a QEMU that is ending: say the cause, not the symptom.
+        if matches!(&outcome, Err(error) if matches!(error.kind(), ErrorKind::Agent | ErrorKind::Backend))
+            && let Ok(exit) = timeout(ENDS, self.gone()).await
+        {
+            outcome = Err(exit_error(&exit));
+        }
+        outcome.map_err(|error| {
+            let details = self.tails();
+            let hint = match details.is_empty() {
+                false => "the details are the end of what the machine and QEMU printed",
+                true => "neither the machine nor QEMU said why: give it more memory, and see `vmkit doctor`",
+            };
+            match error.next_step() {
+                Some(_) => error.with_details(details),
+                None => error.hint(hint).with_details(details),
+            }
+        })
+    }
+
+    /// The end of what the machine and QEMU printed.
+    fn tails(&self) -> String {
+        let mut text = String::new();
+        for (title, name) in [("console", SERIAL), ("QEMU", OUTPUT)] {
+            let tail = layout::tail(&self.file(name), TAIL);
+            if !tail.is_empty() {
+                text.push_str(&format!("{title}, last lines:\n{tail}\n"));
+            }
+        }
+        text
+    }
+
+    async fn gone(&mut self) -> Exit {
+        match &mut self.process {
+            Some(Process::Ours { child, .. }) => {
+                let status = child.wait().await.ok();
+                exit_of(status, layout::tail(&self.dir.join(OUTPUT), TAIL))
+            }
+            Some(Process::Found(held)) => {
+                held.exited().await;
+                Exit { output: layout::tail(&self.dir.join(OUTPUT), TAIL), ..Exit::default() }
+            }
+            None => Exit::default(),
+        }
+    }
+
+    /// Ends the process now.
+    async fn end_process(&mut self) -> Result<()> {
+        let failed = |error| Error::io("the machine's process cannot be killed", error);
+        match &mut self.process {
+            Some(Process::Ours { child, .. }) => {
+                // Killing one that has ended is an error of the library, and none of ours.
+                let _ = child.start_kill();
+                child.wait().await.map_err(failed)?;
+            }
+            Some(Process::Found(held)) => {
+                held.kill().map_err(failed)?;
+                held.exited().await;
+            }
+            None => {}
+        }
+        self.process = None;
+        Ok(())
+    }
+
+    fn check_space(&self) -> Result<()> {
+        let stat = rustix::fs::statvfs(&self.dir)
+            .map_err(|error| Error::io(format!("{} cannot be looked at", self.dir.display()), error.into()))?;
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
+        // Its memory is a file. A guest whose memory the disk cannot hold is killed in the middle of its work.
+        if free < self.spec.memory_mib {
+            let message = format!("{free} MiB are free, and the machine's memory needs {} MiB", self.spec.memory_mib);
+            return Err(Error::new(ErrorKind::ResourceExhausted, message).hint(
+                "free some space, give it less memory, or use another disk with --state-dir or VMKIT_STATE_DIR",
+            ));
+        }
+        Ok(())
+    }
+
+    async fn facts(&self) -> Result<HostFacts> {
+        let (dir, program) = (self.layout.dir.clone(), self.config.program.clone());
+        let found = tokio::task::spawn_blocking(move || HostFacts::find(&dir, program.as_deref()));
+        found.await.map_err(|error| Error::new(ErrorKind::Backend, "looking for QEMU failed").caused_by(error))?
+    }
+
+    /// The saved execution's accelerator: it fits no other.
+    fn saved_accelerator(&self, facts: &HostFacts) -> Result<String> {
+        let Some(run) = layout::read_run(&self.dir) else {
+            let error = Error::new(ErrorKind::Corrupt, "the record of the suspended machine's process is damaged");
+            return Err(error.hint("it cannot be resumed without: delete the machine and make it again"));
+        };
+        let wanted = match self.config.accelerator {
+            Accelerator::Auto if run.accelerator == "kvm" => facts.accelerator(Accelerator::Kvm)?,
+            Accelerator::Auto => "tcg",
+            named => facts.accelerator(named)?,
+        };
+        if wanted != run.accelerator {
+            let message = format!("it was suspended under {} and cannot go on under {wanted}", run.accelerator);
+            return Err(Error::new(ErrorKind::Unsupported, message).hint("resume it with the accelerator `auto`"));
+        }
+        Ok(run.accelerator)
+    }
+
+    async fn ask_agent<T>(
+        &self,
+        call: impl AsyncFnOnce(Client) -> Result<T, vmkit_agent::client::AgentError>,
+    ) -> Result<T> {
+        let asked = async { call(self.line.client().await?).await.map_err(translate) };
+        match timeout(AGENT_ANSWERS, asked).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                Err(Error::new(ErrorKind::Agent, format!("the guest's agent did not answer within {AGENT_ANSWERS:?}")))
+            }
+        }
+    }
+
+    /// Pauses the guest, saves it, and commits that in one step.
+    async fn save(&mut self, qmp: &mut Qmp) -> Result<()> {
+        qmp.stop().await?;
+        let partial = self.file(STATE_PARTIAL);
+        layout::remove(&partial)?;
+        qmp.save(STATE_PARTIAL).await?;
+        if self.config.durable {
+            let files = [partial.clone(), self.file(MEMORY), self.file(DISK)];
+            let synced = tokio::task::spawn_blocking(move || files.iter().try_for_each(|file| layout::sync(file)));
+            synced.await.map_err(|error| Error::new(ErrorKind::Io, "writing to disk failed").caused_by(error))??;
+        }
+        layout::rename(&partial, &self.file(STATE))?;
+        if self.config.durable {
+            layout::sync(&self.dir)?;
+        }
+        Ok(())
+    }
+
+    fn sweep_memory(&self) {
+        // Gigabytes that nobody can use any more.
+        if self.process.is_none() && !self.file(STATE).exists() {
+            let _ = layout::remove(&self.file(MEMORY));
+        }
+    }
+}
+
+impl Driver for QemuDriver {
+    async fn begin(&mut self, action: Action) -> Result<Option<Fact>> {
+        let taken = Lock::take(&self.layout.lock(&self.id), action).await?;
+        if let Some(left) = taken.left {
+            debug!(id = %self.id, %left, "clearing up after a process that died");
+            recover::recover(&self.layout, &self.id, left).await?;
+        }
+        taken.lock.note(Some(action)).map_err(|error| Error::io("the machine's lock cannot be written", error))?;
+        self.lock = Some(taken.lock);
+        self.refresh();
+        Ok(Some(layout::look(&self.dir)))
+    }
+
+    fn end(&mut self) {
+        if let Some(lock) = self.lock.take() {
+            self.sweep_memory();
+            // What is there and is not ours needs no lock of ours.
+            lock.release(!layout::is_ours(&self.dir));
+        }
+    }
+
+    async fn clone_source(&mut self) -> Result<()> {
+        let image = self.image()?.clone();
+        check_files(&image)?;
+        let (staging, dir) = (self.layout.staging(&self.id), self.dir.clone());
+        let foreign = || {
+            Error::new(ErrorKind::AlreadyExists, format!("{} exists", dir.display()))
+                .hint("choose another name, or delete what is there")
+        };
+        if dir.symlink_metadata().is_ok() {
+            return Err(foreign());
+        }
+        layout::remove_tree(&staging)?;
+        layout::make_dir(&staging)?;
+        if let Some(base) = &image.disk {
+            let size = fs::metadata(base)
+                .map_err(|error| Error::io(format!("{} cannot be read", base.display()), error))?
+                .len();
+            let disk = staging.join(DISK);
+            let written = File::create(&disk).and_then(|file| {
+                qcow2::write_overlay(&file, base, size)?;
+                file.sync_all()
+            });
+            written.map_err(|error| Error::io(format!("{} cannot be written", disk.display()), error))?;
+        }
+        layout::write_record(&staging, &self.spec)?;
+        layout::sync(&staging)?;
+        match renameat_with(CWD, &staging, CWD, &dir, RenameFlags::NOREPLACE) {
+            Ok(()) => layout::sync(&self.layout.dir),
+            Err(rustix::io::Errno::EXIST) => {
+                layout::remove_tree(&staging)?;
+                Err(foreign())
+            }
+            Err(error) => Err(Error::io(format!("{} cannot be made", dir.display()), error.into())),
+        }
+    }
+
+    async fn boot(&mut self, console: ConsoleSinks) -> Result<()> {
+        let facts = self.facts().await?;
+        let accelerator = facts.accelerator(self.config.accelerator)?;
+        self.check_space()?;
+        for stale in [STATE, STATE_PARTIAL, STATE_SPENT, MEMORY] {
+            layout::remove(&self.file(stale))?;
+        }
+        self.spawn(Begin::Boot, accelerator, &facts.program)?;
+        self.follow(0, console);
+        let line = self.line.clone();
+        self.until(0, line.first()).await?;
+        self.mark_ready()
+    }
+
+    async fn resume(&mut self, console: ConsoleSinks) -> Result<()> {
+        let facts = self.facts().await?;
+        let accelerator = self.saved_accelerator(&facts)?;
+        let from = fs::metadata(self.file(SERIAL)).map_or(0, |meta| meta.len());
+        self.spawn(Begin::Resume, &accelerator, &facts.program)?;
+        self.follow(from, console);
+        let dir = self.dir.clone();
+        let load = async {
+            let mut qmp = connect_qmp(&dir).await?;
+            qmp.load(STATE).await.map_err(|error| {
+                error.hint("its saved execution is damaged, or from another QEMU: delete the machine and make it again")
+            })?;
+            Ok(qmp)
+        };
+        let mut qmp = self.until(from, load).await?;
+        // Spent before the guest goes on: memory that a guest has gone on from no longer fits it.
+        layout::rename(&self.file(STATE), &self.file(STATE_SPENT))?;
+        if self.config.durable {
+            layout::sync(&self.dir)?;
+        }
+        let line = self.line.clone();
+        let goes_on = async {
+            qmp.cont().await?;
+            // Its clock stood still: before anybody executes anything, it is right again.
+            line.first().await?.renew().await.map_err(translate)
+        };
+        self.until(from, goes_on).await?;
+        self.mark_ready()?;
+        layout::remove(&self.file(STATE_SPENT))
+    }
+
+    async fn suspend(&mut self) -> Result<()> {
+        let mut qmp = Qmp::connect(&self.dir, QMP).await?;
+        // What runs is to survive the loss of its session. A guest whose agent is silent is not one to resume.
+        self.ask_agent(async |agent| agent.freeze(true).await).await?;
+        if let Err(error) = self.save(&mut qmp).await {
+            let called_off = async {
+                qmp.cont().await?;
+                layout::remove(&self.file(STATE_PARTIAL))?;
+                self.ask_agent(async |agent| agent.freeze(false).await).await
+            };
+            if let Err(second) = called_off.await {
+                warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
+                self.kill().await?;
+            }
+            return Err(error);
+        }
+        self.line.forget();
+        // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.
+        self.end_process().await
+    }
+
+    async fn shutdown(&mut self) -> Result<()> {
+        let Err(error) = self.ask_agent(async |agent| agent.shutdown().await).await else { return Ok(()) };
+        debug!(id = %self.id, %error, "the agent does not shut down: pressing the power button");
+        Qmp::connect(&self.dir, QMP).await?.power_button().await
+    }
+
+    async fn kill(&mut self) -> Result<()> {
+        self.line.forget();
+        self.end_process().await?;
+        // Also one that another process has started meanwhile.
+        self.refresh();
+        self.end_process().await?;
+        self.sweep_memory();
+        Ok(())
+    }
+
+    async fn destroy(&mut self) -> Result<()> {
+        self.line.forget();
+        if self.dir.symlink_metadata().is_ok() {
+            if !layout::is_ours(&self.dir) {
+                return Err(Error::new(
+                    ErrorKind::AlreadyExists,
+                    format!("{} was not made by vmkit", self.dir.display()),
+                )
+                .hint("look at it and remove it by hand"));
+            }
+            self.refresh();
+            self.end_process().await?;
+            layout::remove(&self.file(STATE))?;
+            let trash = self.layout.trash(&self.id);
+            layout::remove_tree(&trash)?;
+            layout::rename(&self.dir, &trash)?;
+        }
+        layout::remove_tree(&self.layout.staging(&self.id))?;
+        layout::remove_tree(&self.layout.trash(&self.id))
+    }
+
+    async fn inspect(&mut self) -> Result<Fact> {
+        Ok(layout::look(&self.dir))
+    }
+
+    async fn exited(&mut self) -> Exit {
+        self.gone().await
+    }
+
+    fn guest(&self) -> Option<Guest> {
+        Some(self.line.clone())
+    }
+
+    fn probe(&self) -> Arc<dyn Probe> {
+        Arc::new(QemuProbe(self.dir.clone()))
+    }
+
+    fn suspendable(&self) -> bool {
+        true
+    }
+}
+
+/// Tries until QEMU listens. Whoever calls it watches whether QEMU lives.
+async fn connect_qmp(dir: &Path) -> Result<Qmp> {
+    loop {
+        match super::socket::connect(dir, QMP).await {
+            Ok(stream) => return Qmp::negotiate(stream).await,
+            Err(_) => sleep(Duration::from_micros(500)).await,
+        }
+    }
+}
+
+fn check_files(image: &BootImage) -> Result<()> {
+    for file in [Some(&image.kernel), Some(&image.initramfs), image.disk.as_ref()].into_iter().flatten() {
+        if let Err(error) = File::open(file) {
+            let message = format!("image {} has lost its file {}", image.name, file.display());
+            return Err(Error::new(ErrorKind::Corrupt, message).caused_by(error).hint(format!(
+                "build it again: vmkit image build {}; or, if the state directory was moved, move it back",
+                image.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn exit_of(status: Option<ExitStatus>, output: String) -> Exit {
+    use std::os::unix::process::ExitStatusExt;
+    Exit { code: status.and_then(|status| status.code()), signal: status.and_then(|status| status.signal()), output }
+}
+
+fn exit_error(exit: &Exit) -> Error {
+    let how = match (exit.code, exit.signal) {
+        (Some(code), _) => format!("QEMU ended with exit code {code} while the machine was starting"),
+        (_, Some(signal)) => format!("QEMU was killed by signal {signal} while the machine was starting"),
+        (None, None) => "QEMU ended while the machine was starting".into(),
+    };
+    Error::new(ErrorKind::Exited, how)
+}

@@ -1,0 +1,334 @@
+//! What a machine is on disk, and what can be told from it.
+//!
+//! ```text
+//! DIR/NAME/            the machine; complete or not there
+//!   vm.json            what it was made from
+//!   disk.qcow2         its overlay on the image's disk
+//!   memory             its memory while it runs or is suspended
+//!   state              its saved execution, complete: renamed into place, renamed away before the guest goes on
+//!   run.json           its process: pid, start time, boot; whether its guest was ready
+//!   serial.log qemu.log qmp.sock qmp2.sock agent.N.sock agent.N.lock
+//! DIR/.staging/NAME    being cloned
+//! DIR/.trash/NAME      being deleted
+//! DIR/.locks/NAME      who operates on it
+//! ```
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vmkit::{Error, ErrorKind, Fact, Id, Result, Spec};
+
+use crate::process::Identity;
+
+pub(crate) const DISK: &str = "disk.qcow2";
+pub(crate) const MEMORY: &str = "memory";
+pub(crate) const STATE: &str = "state";
+pub(crate) const STATE_PARTIAL: &str = "state.tmp";
+pub(crate) const STATE_SPENT: &str = "state.spent";
+pub(crate) const SERIAL: &str = "serial.log";
+pub(crate) const OUTPUT: &str = "qemu.log";
+pub(crate) const QMP: &str = "qmp.sock";
+/// A second way in, for whoever looks from outside.
+pub(crate) const QMP_PROBE: &str = "qmp2.sock";
+const RECORD: &str = "vm.json";
+const RUN: &str = "run.json";
+/// Rises when `vm.json` changes in a way that an older vmkit would misread.
+const VERSION: u32 = 1;
+
+/// Where the machines of one directory are.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    pub dir: PathBuf,
+}
+
+impl Layout {
+    pub fn machine(&self, id: &Id) -> PathBuf {
+        self.dir.join(id.as_str())
+    }
+
+    pub fn staging(&self, id: &Id) -> PathBuf {
+        self.dir.join(".staging").join(id.as_str())
+    }
+
+    pub fn trash(&self, id: &Id) -> PathBuf {
+        self.dir.join(".trash").join(id.as_str())
+    }
+
+    pub fn lock(&self, id: &Id) -> PathBuf {
+        self.dir.join(".locks").join(id.as_str())
+    }
+
+    /// Every machine that is there; what was not made by us is none.
+    pub fn machines(&self) -> Result<Vec<Id>> {
+        let failed = |error| Error::io(format!("{} cannot be read", self.dir.display()), error);
+        let mut ids = Vec::new();
+        for part in ["", ".staging", ".trash"] {
+            for entry in fs::read_dir(self.dir.join(part)).map_err(failed)? {
+                let name = entry.map_err(failed)?.file_name();
+                let Some(id) = name.to_str().and_then(|name| Id::new(name).ok()) else { continue };
+                if !part.is_empty() || is_ours(&self.machine(&id)) {
+                    ids.push(id);
+                }
+            }
+        }
+        ids.sort();
+        ids.dedup();
+        Ok(ids)
+    }
+}
+
+/// What a machine was made from.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Record {
+    version: u32,
+    pub spec: Spec,
+}
+
+/// A machine's process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Run {
+    pub process: Identity,
+    pub accelerator: String,
+    /// Milliseconds since 1970.
+    pub started: u64,
+    /// Whether its guest's agent has answered.
+    pub ready: bool,
+}
+
+pub(crate) fn make_dir(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| Error::io(format!("the directory {} cannot be made", path.display()), error))
+}
+
+/// Whether we made what is there; also when it is damaged.
+pub(crate) fn is_ours(dir: &Path) -> bool {
+    dir.join(RECORD).symlink_metadata().is_ok()
+}
+
+pub(crate) fn write_record(dir: &Path, spec: &Spec) -> Result<()> {
+    let path = dir.join(RECORD);
+    let failed = |error| Error::io(format!("{} cannot be written", path.display()), error);
+    let record = Record { version: VERSION, spec: spec.clone() };
+    let text = serde_json::to_vec_pretty(&record).map_err(|error| failed(error.into()))?;
+    fs::write(&path, text).map_err(failed)?;
+    sync(&path)
+}
+
+/// # Errors
+/// [`ErrorKind::Corrupt`] for a record that cannot be read as one.
+pub(crate) fn read_record(dir: &Path) -> Result<Record> {
+    let path = dir.join(RECORD);
+    let corrupt = |why: String| {
+        Error::new(ErrorKind::Corrupt, format!("the machine's record {} is damaged: {why}", path.display()))
+            .hint("delete the machine and make it again; nothing else of it is lost until then")
+    };
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(corrupt("it is missing".into())),
+        Err(error) => return Err(Error::io(format!("{} cannot be read", path.display()), error)),
+    };
+    let record: Record = serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
+    match record.version {
+        VERSION => Ok(record),
+        other => Err(corrupt(format!("it is of version {other}, and this vmkit knows {VERSION}"))),
+    }
+}
+
+/// Replaces the process's record in one step. It need not survive a power cut: the process does not.
+pub(crate) fn write_run(dir: &Path, run: &Run) -> Result<()> {
+    let (path, aside) = (dir.join(RUN), dir.join("run.json.tmp"));
+    let failed = |error| Error::io(format!("{} cannot be written", path.display()), error);
+    let text = serde_json::to_vec(run).map_err(|error| failed(error.into()))?;
+    fs::write(&aside, text).map_err(failed)?;
+    fs::rename(&aside, &path).map_err(failed)
+}
+
+/// The process that runs this machine. The record alone proves nothing: it may be a copy of another machine's.
+pub(crate) fn live_run(dir: &Path) -> Option<Run> {
+    read_run(dir).filter(|run| run.process.is_alive() && run.process.works_in(dir))
+}
+
+/// The process that was last started, whether it runs or not.
+pub(crate) fn read_run(dir: &Path) -> Option<Run> {
+    read_json(&dir.join(RUN))
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// What is there now.
+pub(crate) fn look(dir: &Path) -> Fact {
+    if dir.symlink_metadata().is_err() {
+        return Fact::Absent;
+    }
+    if read_record(dir).is_err() || !dir.join(DISK).is_file() {
+        return Fact::Broken;
+    }
+    let saved = dir.join(STATE).is_file();
+    match live_run(dir) {
+        Some(run) => match run.ready && !saved {
+            true => Fact::Running,
+            false => Fact::Broken,
+        },
+        None if saved && dir.join(MEMORY).is_file() => Fact::Suspended,
+        None if saved => Fact::Broken,
+        None => Fact::Stopped,
+    }
+}
+
+/// Why a machine is [`Fact::Broken`].
+pub(crate) fn problem(dir: &Path) -> Option<String> {
+    if let Err(error) = read_record(dir) {
+        return Some(error.message().to_owned());
+    }
+    if !dir.join(DISK).is_file() {
+        return Some("its disk is missing".into());
+    }
+    let saved = dir.join(STATE).is_file();
+    match live_run(dir) {
+        Some(run) if !run.ready => Some("its process runs, and its guest never answered".into()),
+        Some(_) if saved => Some("its process runs beside a saved execution".into()),
+        None if saved && !dir.join(MEMORY).is_file() => Some("it has a saved execution and no memory".into()),
+        _ => None,
+    }
+}
+
+/// Removes a file; what is missing is done.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io(format!("{} cannot be removed", path.display()), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes a directory with all that is in it; what is missing is done.
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io(format!("{} cannot be removed", path.display()), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|error| Error::io(format!("{} cannot be renamed", from.display()), error))
+}
+
+/// Writes a file or a directory through to the disk.
+pub(crate) fn sync(path: &Path) -> Result<()> {
+    let synced = File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(|error| Error::io(format!("{} cannot be written to disk", path.display()), error))
+}
+
+/// Bytes on disk of everything in a machine's directory.
+pub(crate) fn occupied(dir: &Path) -> Option<u64> {
+    let entries = fs::read_dir(dir).ok()?;
+    Some(entries.flatten().filter_map(|entry| entry.metadata().ok()).map(|meta| meta.blocks() * 512).sum())
+}
+
+/// The end of a text file, in whole lines, at most `limit` bytes; control characters are left out.
+pub(crate) fn tail(path: &Path, limit: u64) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
+        let mut bytes = Vec::new();
+        file.take(limit).read_to_end(&mut bytes)?;
+        if length > limit {
+            let cut = bytes.iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            bytes.drain(..cut);
+        }
+        Ok(bytes)
+    };
+    let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
+    text.chars().filter(|c| *c == '\n' || *c == '\t' || !c.is_control()).collect::<String>().trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmkit::Source;
+
+    fn machine() -> (tempfile::TempDir, PathBuf) {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("web");
+        make_dir(&dir).unwrap();
+        write_record(&dir, &Spec::new(Source::Alias("base".into()))).unwrap();
+        fs::write(dir.join(DISK), "").unwrap();
+        (root, dir)
+    }
+
+    fn run(process: Identity, ready: bool) -> Run {
+        Run { process, accelerator: "tcg".into(), started: 0, ready }
+    }
+
+    #[test]
+    fn the_directory_tells_the_state() {
+        let (root, dir) = machine();
+        let mut child = std::process::Command::new("sleep").arg("600").current_dir(&dir).spawn().unwrap();
+        let ours = Identity::of(child.id()).unwrap().unwrap();
+        assert_eq!(look(&root.path().join("other")), Fact::Absent);
+        assert_eq!(look(&dir), Fact::Stopped);
+        write_run(&dir, &run(ours.clone(), false)).unwrap();
+        assert_eq!(look(&dir), Fact::Broken);
+        assert!(problem(&dir).unwrap().contains("never answered"));
+        write_run(&dir, &run(ours.clone(), true)).unwrap();
+        assert_eq!(look(&dir), Fact::Running);
+        // Another name is the same directory; a copy with all that is in it is not.
+        let moved = root.path().join("moved");
+        fs::rename(&dir, &moved).unwrap();
+        assert_eq!(look(&moved), Fact::Running);
+        assert!(std::process::Command::new("cp").arg("-a").args([&moved, &dir]).status().unwrap().success());
+        assert_eq!((look(&dir), look(&moved)), (Fact::Stopped, Fact::Running), "a copy has the original's process");
+        fs::remove_dir_all(&dir).unwrap();
+        fs::rename(&moved, &dir).unwrap();
+        let recycled = Identity { start_time: ours.start_time + 1, ..ours };
+        write_run(&dir, &run(recycled, true)).unwrap();
+        assert_eq!(look(&dir), Fact::Stopped);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        fs::write(dir.join(STATE), "").unwrap();
+        assert_eq!(look(&dir), Fact::Broken, "no memory");
+        fs::write(dir.join(MEMORY), "").unwrap();
+        assert_eq!(look(&dir), Fact::Suspended);
+        fs::write(dir.join("vm.json"), "{").unwrap();
+        assert_eq!(look(&dir), Fact::Broken);
+        assert!(is_ours(&dir), "damaged, and still ours");
+        assert_eq!(read_record(&dir).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn only_what_we_made_is_a_machine() {
+        let (root, _) = machine();
+        let layout = Layout { dir: root.path().to_owned() };
+        for part in [".staging/half", ".trash/old", "foreign"] {
+            make_dir(&root.path().join(part)).unwrap();
+        }
+        fs::write(root.path().join("file"), "").unwrap();
+        let ids: Vec<String> = layout.machines().unwrap().into_iter().map(String::from).collect();
+        assert_eq!(ids, ["half", "old", "web"]);
+    }
+
+    #[test]
+    fn a_tail_has_whole_lines_and_no_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        fs::write(&path, "first line\nsecond \x1b[0mline\r\n").unwrap();
+        assert_eq!(tail(&path, 1000), "first line\nsecond [0mline");
+        assert_eq!(tail(&path, 20), "second [0mline");
+        assert_eq!(tail(&dir.path().join("none"), 20), "");
+    }
+}

@@ -1,0 +1,221 @@
+//! The way into the guest: a session with its agent, made when it is needed and made again when it was lost.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use rustix::fs::{FlockOperation, flock};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+use vmkit::{Binding, CommandSpec, Error, ErrorKind, ExitStatus, GuestOps, GuestProcess, ProcessControl, Result};
+use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Exit};
+
+use super::args::{LINES, line_socket};
+use super::socket;
+
+/// How long a ready guest's agent may take to begin a session, also on a loaded host.
+const BEGINS: Duration = Duration::from_secs(30);
+/// How long to wait for a line while other processes have them all.
+const LINE_WAITS: Duration = Duration::from_secs(30);
+
+/// A machine's line to its agent, shared by everybody in this process.
+#[derive(Debug)]
+pub(crate) struct Line {
+    dir: PathBuf,
+    session: Mutex<Option<Session>>,
+}
+
+#[derive(Clone, Debug)]
+struct Session {
+    client: Client,
+    /// Held for as long as the session and its commands: the line is ours among all processes.
+    port: Arc<File>,
+}
+
+impl Line {
+    pub fn new(dir: PathBuf) -> Arc<Line> {
+        Arc::new(Line { dir, session: Mutex::new(None) })
+    }
+
+    /// The session with the agent of a guest that is up.
+    pub async fn client(&self) -> Result<Client> {
+        self.session().await.map(|session| session.client)
+    }
+
+    async fn session(&self) -> Result<Session> {
+        let mut session = self.session.lock().await;
+        if let Some(session) = session.as_ref().filter(|session| !session.client.is_closed()) {
+            return Ok(session.clone());
+        }
+        *session = None;
+        let patience = LINE_WAITS + BEGINS;
+        let fresh = tokio::time::timeout(patience, begin(&self.dir, LINE_WAITS)).await.map_err(|_| silent())??;
+        *session = Some(fresh.clone());
+        Ok(fresh)
+    }
+
+    /// The first session with a guest that comes up. Takes as long as that takes: set a deadline.
+    pub async fn first(&self) -> Result<Client> {
+        let mut session = self.session.lock().await;
+        *session = None;
+        let fresh = begin(&self.dir, Duration::MAX).await?;
+        let client = fresh.client.clone();
+        *session = Some(fresh);
+        Ok(client)
+    }
+
+    /// Lets go of the session: its machine is off.
+    pub fn forget(&self) {
+        // Somebody who is making a session just now finds nobody at its other end.
+        if let Ok(mut session) = self.session.try_lock() {
+            *session = None;
+        }
+    }
+}
+
+fn silent() -> Error {
+    Error::new(ErrorKind::Agent, "the guest's agent did not begin a session")
+        .hint("look at the console: `vmkit console NAME`; a guest that hangs is ended by `vmkit stop --force NAME`")
+}
+
+/// Takes a line that nobody has, and begins a session on it.
+async fn begin(dir: &Path, patience: Duration) -> Result<Session> {
+    let start = Instant::now();
+    let mut pause = Duration::from_micros(500);
+    loop {
+        let mut taken = 0;
+        for line in 0..LINES {
+            let Some(port) = claim(dir, line)? else {
+                taken += 1;
+                continue;
+            };
+            // Not there yet, while QEMU is coming up: the same line is tried again.
+            let Ok(stream) = socket::connect(dir, &line_socket(line)).await else { break };
+            let client = Client::connect(stream).await.map_err(translate)?;
+            return Ok(Session { client, port: Arc::new(port) });
+        }
+        if taken == LINES && start.elapsed() > patience {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("{LINES} other processes execute commands in the machine"),
+            )
+            .hint("wait for one of them, or execute through one process"));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(if taken == LINES { 50 } else { 2 }));
+    }
+}
+
+/// A line that no other process has.
+fn claim(dir: &Path, line: usize) -> Result<Option<File>> {
+    let path = dir.join(format!("agent.{line}.lock"));
+    let failed = |error: std::io::Error| match error.kind() {
+        // Not to be taken for a program that is not there.
+        std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotRunning, "the machine was deleted meanwhile"),
+        _ => Error::io(format!("the line {} cannot be taken", path.display()), error),
+    };
+    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(None),
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+/// An error of the agent's client as one of ours.
+pub(crate) fn translate(error: AgentError) -> Error {
+    let message = error.to_string();
+    let (kind, hint) = match error {
+        AgentError::NotFound(_) => (ErrorKind::NotFound, "give its path in the guest, or an image that has it"),
+        AgentError::NotExecutable(_) => {
+            (ErrorKind::PermissionDenied, "make it executable, or give the program that runs it")
+        }
+        AgentError::NoSuchDirectory(_) => (ErrorKind::InvalidArgument, "make it first, or choose another directory"),
+        AgentError::NoSuchUser(_) => (
+            ErrorKind::InvalidArgument,
+            "use a name of the guest's /etc/passwd and /etc/group, or a number below 4294967295",
+        ),
+        AgentError::Invalid(_) => (ErrorKind::InvalidArgument, "change what was asked for, and try again"),
+        AgentError::Limit(_) => (ErrorKind::ResourceExhausted, "wait until some of them have ended"),
+        AgentError::Version { .. } => {
+            (ErrorKind::Agent, "make a new machine: the image is brought up to date when it is cloned")
+        }
+        AgentError::Guest(_) => (ErrorKind::Backend, "look at the guest's console: `vmkit console NAME`"),
+        _ => (ErrorKind::Agent, "try again; if it goes on, look at the guest's console: `vmkit console NAME`"),
+    };
+    Error::new(kind, message).hint(hint)
+}
+
+impl GuestOps for Line {
+    fn spawn(&self, command: CommandSpec) -> BoxFuture<'_, Result<GuestProcess>> {
+        async move {
+            let Session { client, port } = self.session().await?;
+            let exec = client.exec(request(command)?).await.map_err(translate)?;
+            Ok(GuestProcess {
+                pid: exec.pid,
+                stdin: exec.stdin.map(|stdin| Box::new(stdin) as _),
+                stdout: exec.stdout.map(|stdout| Box::new(stdout) as _),
+                stderr: exec.stderr.map(|stderr| Box::new(stderr) as _),
+                control: Box::new(Control { exec: exec.control, _port: port }),
+            })
+        }
+        .boxed()
+    }
+
+    fn bind(&self, binding: Binding) -> BoxFuture<'_, Result<()>> {
+        async move {
+            let files = binding.files.into_iter().map(|file| (file.path, file.mode, file.content)).collect();
+            let request = Bind { hostname: binding.hostname, env: binding.env, files };
+            self.client().await?.bind(request).await.map_err(translate)
+        }
+        .boxed()
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<()>> {
+        async move { self.client().await?.ping().await.map_err(translate) }.boxed()
+    }
+}
+
+fn request(command: CommandSpec) -> Result<ExecRequest> {
+    let cwd = match command.cwd.map(PathBuf::into_os_string).map(std::ffi::OsString::into_string).transpose() {
+        Ok(cwd) => cwd,
+        Err(_) => return Err(Error::new(ErrorKind::InvalidArgument, "the working directory is not valid UTF-8")),
+    };
+    Ok(ExecRequest {
+        id: 0,
+        program: command.program,
+        args: command.args,
+        env: command.env,
+        env_clear: command.env_clear,
+        cwd,
+        user: command.user,
+        stdin: command.stdin,
+        stdout: command.stdout,
+        stderr: command.stderr,
+        detached: command.detached,
+    })
+}
+
+struct Control {
+    exec: ExecControl,
+    _port: Arc<File>,
+}
+
+impl ProcessControl for Control {
+    fn wait(&mut self) -> BoxFuture<'_, Result<ExitStatus>> {
+        async move {
+            match self.exec.wait().await.map_err(translate)? {
+                Exit::Code(code) => Ok(ExitStatus::Code(code)),
+                Exit::Signal(signal) => Ok(ExitStatus::Signal(signal)),
+            }
+        }
+        .boxed()
+    }
+
+    fn signal(&mut self, signal: i32) -> BoxFuture<'_, Result<()>> {
+        async move { self.exec.signal(signal).await.map_err(translate) }.boxed()
+    }
+}

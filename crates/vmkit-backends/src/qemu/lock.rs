@@ -1,0 +1,150 @@
+//! Who operates on a machine: a lock that the kernel gives back when its holder ends, however it ends.
+//!
+//! The file's length says which operation is under way: a length needs no space, so a full disk keeps nobody from stopping and
+//! deleting. A file that says one and that nobody holds is what a holder that died left; whoever finds it first clears up.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use vmkit::{Action, Error, Result};
+
+/// The first wait for another holder; it doubles up to [`LONGEST`].
+const SHORTEST: Duration = Duration::from_millis(1);
+const LONGEST: Duration = Duration::from_millis(50);
+
+/// A machine's lock, held.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    file: File,
+    path: PathBuf,
+}
+
+/// A lock, and the operation that a holder who died left half done.
+pub(crate) struct Taken {
+    pub lock: Lock,
+    pub left: Option<Action>,
+}
+
+impl Lock {
+    /// Waits until nobody else holds it, then holds it for `action`. Cancel-safe: a dropped call holds nothing.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub(crate) async fn take(path: &Path, action: Action) -> Result<Taken> {
+        let mut pause = SHORTEST;
+        loop {
+            // Tried again and again: a blocking lock could not be cancelled.
+            if let Some(taken) = Lock::try_take(path, action)? {
+                return Ok(taken);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST);
+        }
+    }
+
+    /// Holds it unless somebody else does.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub(crate) fn try_take(path: &Path, action: Action) -> Result<Option<Taken>> {
+        let failed = |error: io::Error| Error::io(format!("the lock {} cannot be taken", path.display()), error);
+        loop {
+            let file =
+                File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(failed(error.into())),
+            }
+            // The last holder removes the file of a machine that is gone: then this is a lock on nothing.
+            let held = file.metadata().map_err(failed)?;
+            match fs::metadata(path) {
+                Ok(there) if (there.dev(), there.ino()) == (held.dev(), held.ino()) => {}
+                _ => continue,
+            }
+            let left = read(&file);
+            let lock = Lock { file, path: path.to_owned() };
+            lock.note(Some(left.unwrap_or(action))).map_err(failed)?;
+            return Ok(Some(Taken { lock, left }));
+        }
+    }
+
+    /// Says which operation is under way. Called again once what a dead holder left is cleared up.
+    pub(crate) fn note(&self, action: Option<Action>) -> io::Result<()> {
+        // Looking changes nothing: nothing of it needs clearing up, and it is action 0.
+        let number = action.and_then(|action| Action::ALL.iter().position(|other| *other == action)).unwrap_or(0);
+        self.file.set_len(number as u64)
+    }
+
+    /// Gives it free. `gone` when nothing of the machine is left: then the file goes too.
+    pub(crate) fn release(self, gone: bool) {
+        let _ = self.note(None);
+        if gone {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// What others see of a machine's lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holder {
+    /// Nobody.
+    Free,
+    /// Somebody, doing this.
+    Busy(Action),
+    /// Somebody who died doing this.
+    Died(Action),
+}
+
+/// Looks without holding it longer than for this look.
+pub(crate) fn holder(path: &Path) -> Holder {
+    let Ok(file) = File::open(path) else { return Holder::Free };
+    let free = flock(&file, FlockOperation::NonBlockingLockShared).is_ok();
+    match (read(&file), free) {
+        (None, _) => Holder::Free,
+        (Some(action), true) => Holder::Died(action),
+        (Some(action), false) => Holder::Busy(action),
+    }
+}
+
+fn read(file: &File) -> Option<Action> {
+    let number = usize::try_from(file.metadata().ok()?.len()).ok()?;
+    Action::ALL.get(number).copied().filter(|action| *action != Action::None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn one_holder_at_a_time_and_a_dead_one_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web");
+        assert_eq!(holder(&path), Holder::Free);
+        let first = Lock::take(&path, Action::Start).await.unwrap();
+        assert!(first.left.is_none());
+        assert_eq!(holder(&path), Holder::Busy(Action::Start));
+        assert!(Lock::try_take(&path, Action::Stop).unwrap().is_none());
+        drop(first.lock);
+        assert_eq!(holder(&path), Holder::Died(Action::Start));
+        let second = Lock::take(&path, Action::Stop).await.unwrap();
+        assert_eq!(second.left, Some(Action::Start));
+        second.lock.note(Some(Action::Stop)).unwrap();
+        let waiting = tokio::spawn({
+            let path = path.clone();
+            async move { Lock::take(&path, Action::Delete).await.map(|taken| taken.left) }
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(!waiting.is_finished());
+        // The file goes with the machine; whoever waited for it makes a new one.
+        second.lock.release(true);
+        assert_eq!(waiting.await.unwrap().unwrap(), None);
+        assert_eq!(holder(&path), Holder::Died(Action::Delete));
+    }
+}

@@ -1,0 +1,270 @@
+//! QEMU: a machine is a directory, its process is found again by it.
+//!
+//! ```text
+//!  Qemu (Provider) ── open / adopt ──▶ QemuDriver ── spawn, kill ───────▶ qemu-system-*
+//!     │ list                             │  │  └──── QMP (suspend, resume) ──▶ qmp.sock
+//!     ▼                                  │  └─────── sessions ───────────────▶ agent.N.sock ─▶ agent
+//!  DIR/NAME/… (layout) ◀── lock, look ───┘
+//! ```
+//!
+//! Machines boot by their kernel. Booting needs no control session: the agent's first answer is what counts. Guest memory is
+//! a shared file, so that suspending writes only the devices' state; that file's rename is the commit.
+//!
+//! Deliberately absent: a monitor that stays connected (the process table tells when QEMU ends), guest networks, displays.
+
+mod arch;
+mod args;
+mod console;
+mod driver;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
+mod host;
+mod layout;
+mod line;
+mod lock;
+mod probe;
+mod qcow2;
+mod qmp;
+mod recover;
+mod socket;
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use vmkit::{
+    Action, Adopted, Capabilities, Error, ErrorKind, Fact, Found, Id, Provider, Result, Source, Spec, State, found,
+};
+
+pub use driver::QemuDriver;
+pub use host::HostFacts;
+
+use layout::Layout;
+use lock::{Holder, Lock, holder};
+
+/// How guests execute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Accelerator {
+    /// KVM where a guest really runs with it, else TCG. What was chosen is shown in the properties.
+    #[default]
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// QEMU's own translator. Works everywhere.
+    Tcg,
+}
+
+impl FromStr for Accelerator {
+    type Err = Error;
+
+    /// Parses a name without regard to case.
+    fn from_str(word: &str) -> Result<Accelerator> {
+        match word.to_ascii_lowercase().as_str() {
+            "auto" => Ok(Accelerator::Auto),
+            "kvm" => Ok(Accelerator::Kvm),
+            "tcg" => Ok(Accelerator::Tcg),
+            _ => Err(Error::new(ErrorKind::InvalidArgument, format!("unknown accelerator {word:?}"))
+                .hint("use auto, kvm or tcg")),
+        }
+    }
+}
+
+/// Where machines are, and how they run.
+#[derive(Clone, Debug)]
+pub struct QemuConfig {
+    /// The directory that holds the machines; nothing else should use it.
+    pub dir: PathBuf,
+    /// How guests execute.
+    pub accelerator: Accelerator,
+    /// QEMU's program; the one for this architecture in `PATH` when absent.
+    pub program: Option<PathBuf>,
+    /// Whether a suspend is written through to the disk before it counts: it then survives a power cut, and takes as long as
+    /// writing the guest's memory does. Killing processes never needs it.
+    pub durable: bool,
+}
+
+impl QemuConfig {
+    /// The defaults: accelerator `auto`, QEMU from `PATH`, durable.
+    pub fn new(dir: impl Into<PathBuf>) -> QemuConfig {
+        QemuConfig { dir: dir.into(), accelerator: Accelerator::Auto, program: None, durable: true }
+    }
+}
+
+/// Machines under QEMU on this host. Any number of processes may use one directory at once.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    config: QemuConfig,
+    layout: Layout,
+}
+
+impl Qemu {
+    /// Opens a directory of machines, which is made when it is not there.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or written to.
+    pub fn new(config: QemuConfig) -> Result<Qemu> {
+        layout::make_dir(&config.dir)?;
+        let dir = config
+            .dir
+            .canonicalize()
+            .map_err(|error| Error::io(format!("{} cannot be read", config.dir.display()), error))?;
+        for part in [".staging", ".trash", ".locks"] {
+            layout::make_dir(&dir.join(part))?;
+        }
+        rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK)
+            .map_err(|error| Error::io(format!("{} cannot be written to", dir.display()), error.into()))?;
+        Ok(Qemu { config, layout: Layout { dir } })
+    }
+
+    /// What this machine can run guests with. Blocks; takes up to three seconds the first time.
+    ///
+    /// # Errors
+    /// [`ErrorKind::MissingDependency`] when there is no QEMU, or one that is too old.
+    pub fn host_facts(&self) -> Result<HostFacts> {
+        HostFacts::find(&self.layout.dir, self.config.program.as_deref())
+    }
+
+    /// The directory of a machine, whether it is there or not.
+    pub fn machine_dir(&self, id: &Id) -> PathBuf {
+        self.layout.machine(id)
+    }
+
+    /// The file that a machine's console is written to.
+    pub fn console_log(&self, id: &Id) -> PathBuf {
+        self.layout.machine(id).join(layout::SERIAL)
+    }
+
+    /// The digests of the images that machines were made from: those that must be kept.
+    ///
+    /// # Errors
+    /// When the directory cannot be read. A machine whose record is damaged is an error too: nobody knows what it needs.
+    pub fn images_in_use(&self) -> Result<Vec<String>> {
+        let mut digests = Vec::new();
+        for id in self.layout.machines()? {
+            for dir in [self.layout.machine(&id), self.layout.staging(&id)] {
+                if layout::is_ours(&dir)
+                    && let Source::Boot(image) =
+                        layout::read_record(&dir).map_err(|error| error.on(id.as_str()))?.spec.source
+                {
+                    digests.push(image.digest);
+                }
+            }
+        }
+        digests.sort();
+        digests.dedup();
+        Ok(digests)
+    }
+
+    fn driver(&self, id: &Id, spec: Spec) -> QemuDriver {
+        QemuDriver::new(id.clone(), spec, self.config.clone(), self.layout.clone())
+    }
+
+    /// What a machine is in now, whoever operates on it; Deleted when there is none. Clears up what a process that died left of
+    /// an operation.
+    ///
+    /// # Errors
+    /// When what is there cannot be looked at, or cannot be cleared up.
+    pub async fn state(&self, id: &Id) -> Result<State> {
+        let path = self.layout.lock(id);
+        match holder(&path) {
+            Holder::Busy(action) => return Ok(under_way(action)),
+            Holder::Died(_) => {
+                // Nobody may hold it by now, or somebody who is quicker: then there is nothing to clear up.
+                let Some(taken) = Lock::try_take(&path, Action::None)? else { return Box::pin(self.state(id)).await };
+                if let Some(left) = taken.left {
+                    recover::recover(&self.layout, id, left).await?;
+                }
+                taken.lock.release(self.layout.machine(id).symlink_metadata().is_err());
+            }
+            Holder::Free => {}
+        }
+        Ok(found(self.look(id)))
+    }
+
+    fn look(&self, id: &Id) -> Fact {
+        let dir = self.layout.machine(id);
+        // What is there and is not ours is nobody's machine.
+        if layout::is_ours(&dir) { layout::look(&dir) } else { Fact::Absent }
+    }
+}
+
+/// The state that an operation publishes while it is under way.
+fn under_way(action: Action) -> State {
+    match action {
+        Action::Clone => State::Cloning,
+        Action::Start => State::Starting,
+        Action::Suspend => State::Suspending,
+        Action::Delete => State::Deleting,
+        Action::Stop | Action::None => State::Stopping,
+    }
+}
+
+impl Provider for Qemu {
+    type Driver = QemuDriver;
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { suspend: true, exec: true, adopt: true, network: false }
+    }
+
+    async fn open(&self, id: &Id, spec: &Spec) -> Result<QemuDriver> {
+        // A machine that could never start is not worth making.
+        let (qemu, wanted) = (self.clone(), self.config.accelerator);
+        let facts = tokio::task::spawn_blocking(move || qemu.host_facts()?.accelerator(wanted).map(drop));
+        facts.await.map_err(|error| Error::new(ErrorKind::Backend, "looking for QEMU failed").caused_by(error))??;
+        Ok(self.driver(id, spec.clone()))
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        let mut machines = Vec::new();
+        for id in self.layout.machines()? {
+            let (state, mut problem) = match self.state(&id).await {
+                Ok(State::Deleted) => continue,
+                Ok(state) => (state, None),
+                Err(error) => (State::ErrorUnknown, Some(error.to_string())),
+            };
+            let dir = self.layout.machine(&id);
+            if state == State::ErrorUnknown && problem.is_none() {
+                problem = layout::problem(&dir);
+            }
+            let spec = layout::read_record(&dir).ok().map(|record| record.spec);
+            machines.push(Found { state, problem, properties: properties(&dir, spec.as_ref()), spec, id });
+        }
+        Ok(machines)
+    }
+
+    async fn adopt(&self, id: &Id) -> Result<Adopted<QemuDriver>> {
+        let state = self.state(id).await?;
+        let dir = self.layout.machine(id);
+        if state == State::Deleted {
+            let error = Error::new(ErrorKind::NotFound, "there is no such machine").on(id.as_str());
+            return Err(match dir.symlink_metadata() {
+                Ok(_) => error.hint(format!("{} is there and was not made by vmkit", dir.display())),
+                Err(_) => error.hint("`vmkit ls` lists the machines there are"),
+            });
+        }
+        let spec = match layout::read_record(&dir) {
+            Ok(record) => record.spec,
+            // It can still be deleted, and needs no more than its name for that.
+            Err(_) => Spec::new(Source::Alias("unknown".into())),
+        };
+        let mut driver = self.driver(id, spec.clone());
+        driver.refresh();
+        Ok(Adopted { driver, spec, state })
+    }
+}
+
+fn properties(dir: &Path, spec: Option<&Spec>) -> vmkit::Properties {
+    let mut properties = probe::properties(dir);
+    if let Some(spec) = spec {
+        properties.cpus = spec.cpus;
+        properties.memory_mib = spec.memory_mib;
+        properties.cloned_from = Some(vmkit::CloneInfo {
+            image: spec.source.name().to_owned(),
+            digest: match &spec.source {
+                Source::Boot(image) => Some(image.digest.clone()),
+                Source::Alias(_) => None,
+            },
+        });
+    }
+    properties
+}

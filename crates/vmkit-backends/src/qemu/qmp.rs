@@ -1,0 +1,136 @@
+//! QEMU's control socket: a session for one operation, each command with a deadline.
+
+use std::path::Path;
+use std::time::Duration;
+
+use qapi::ExecuteError;
+use qapi::futures::{QapiStream, QmpStreamTokio};
+use qapi::qmp::{self, MigrationCapability, MigrationCapabilityStatus, MigrationStatus};
+use tokio::io::{ReadHalf, WriteHalf};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use vmkit::{Error, ErrorKind, Result};
+
+/// How long QEMU may take to answer one command. Its main loop is never busy for long.
+const ANSWERS: Duration = Duration::from_secs(20);
+
+type Reader = QmpStreamTokio<ReadHalf<UnixStream>>;
+type Writer = QmpStreamTokio<WriteHalf<UnixStream>>;
+
+/// A negotiated session; nothing once a command was lost on it, which nobody can tell from its answer being late.
+pub(crate) struct Qmp(Option<QapiStream<Reader, Writer>>);
+
+impl Qmp {
+    /// Begins a session on a machine's socket.
+    ///
+    /// # Errors
+    /// When nobody answers there.
+    pub async fn connect(dir: &Path, name: &str) -> Result<Qmp> {
+        let stream = super::socket::connect(dir, name).await.map_err(|error| {
+            Error::new(ErrorKind::Backend, "QEMU's control socket cannot be reached").caused_by(error)
+        })?;
+        Qmp::negotiate(stream).await
+    }
+
+    /// Begins a session on a socket that is connected.
+    ///
+    /// # Errors
+    /// When what answers is not QEMU.
+    pub async fn negotiate(stream: UnixStream) -> Result<Qmp> {
+        let session = async { QmpStreamTokio::open(stream).await?.negotiate().await };
+        match timeout(ANSWERS, session).await {
+            Ok(Ok(stream)) => Ok(Qmp(Some(stream))),
+            Ok(Err(error)) => {
+                Err(Error::new(ErrorKind::Backend, "QEMU did not accept a control session").caused_by(error))
+            }
+            Err(_) => Err(late("negotiating")),
+        }
+    }
+
+    async fn execute<C>(&mut self, command: C) -> Result<C::Ok>
+    where
+        C: qapi::qmp::QmpCommand,
+    {
+        // Taken, and given back when it was answered: a caller that goes away in between ends the session too.
+        let Some(mut session) = self.0.take() else {
+            return Err(Error::new(ErrorKind::Backend, format!("the control session ended before {}", C::NAME)));
+        };
+        match timeout(ANSWERS, session.execute(command)).await {
+            Ok(Ok(answer)) => {
+                self.0 = Some(session);
+                Ok(answer)
+            }
+            Ok(Err(ExecuteError::Qapi(error))) => {
+                self.0 = Some(session);
+                Err(Error::new(ErrorKind::Backend, format!("QEMU refused {}", C::NAME)).caused_by(error.to_string()))
+            }
+            Ok(Err(ExecuteError::Io(error))) => {
+                Err(Error::new(ErrorKind::Backend, format!("QEMU ended the session at {}", C::NAME)).caused_by(error))
+            }
+            Err(_) => Err(late(C::NAME)),
+        }
+    }
+
+    /// Whether the guest's processors run.
+    pub async fn is_running(&mut self) -> Result<bool> {
+        Ok(self.execute(qmp::query_status {}).await?.running)
+    }
+
+    /// Lets the guest go on.
+    pub async fn cont(&mut self) -> Result<()> {
+        self.execute(qmp::cont {}).await.map(drop)
+    }
+
+    /// Pauses the guest.
+    pub async fn stop(&mut self) -> Result<()> {
+        self.execute(qmp::stop {}).await.map(drop)
+    }
+
+    /// Presses the power button.
+    pub async fn power_button(&mut self) -> Result<()> {
+        self.execute(qmp::system_powerdown {}).await.map(drop)
+    }
+
+    /// Saves the device state to a file in QEMU's directory. The memory is a shared file and stays where it is.
+    pub async fn save(&mut self, file: &str) -> Result<()> {
+        self.ignore_shared_memory().await?;
+        let uri = Some(format!("file:{file}"));
+        self.execute(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
+        self.migrated("saving the machine's state").await
+    }
+
+    /// Loads the device state from a file in QEMU's directory.
+    pub async fn load(&mut self, file: &str) -> Result<()> {
+        self.ignore_shared_memory().await?;
+        let uri = Some(format!("file:{file}"));
+        self.execute(qmp::migrate_incoming { channels: None, exit_on_error: None, uri }).await?;
+        self.migrated("loading the machine's state").await
+    }
+
+    async fn ignore_shared_memory(&mut self) -> Result<()> {
+        let capability = MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state: true };
+        self.execute(qmp::migrate_set_capabilities { capabilities: vec![capability] }).await.map(drop)
+    }
+
+    /// Asked again and again: the event that announces it may be missed, the answer to a question cannot.
+    async fn migrated(&mut self, doing: &str) -> Result<()> {
+        let mut pause = Duration::from_micros(200);
+        loop {
+            let info = self.execute(qmp::query_migrate {}).await?;
+            match info.status {
+                Some(MigrationStatus::completed) => return Ok(()),
+                Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
+                    let why = info.error_desc.unwrap_or_else(|| "QEMU does not say why".into());
+                    return Err(Error::new(ErrorKind::Backend, format!("{doing} failed: {why}")));
+                }
+                _ => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+    }
+}
+
+fn late(doing: &str) -> Error {
+    Error::new(ErrorKind::TimedOut, format!("QEMU took longer than {ANSWERS:?} for {doing}"))
+}

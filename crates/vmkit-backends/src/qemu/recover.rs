@@ -1,0 +1,85 @@
+//! Clearing up what a process left that died in the middle of an operation. Done under the machine's lock.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+use tracing::warn;
+use vmkit::{Action, Fact, Id, Result};
+
+use super::layout::{self, Layout, QMP, STATE, STATE_PARTIAL, STATE_SPENT};
+use super::line::{Line, translate};
+use super::qmp::Qmp;
+use crate::process::{Identity, working_in};
+
+/// How long a guest that was paused half way may take to go on.
+const GOES_ON: Duration = Duration::from_secs(60);
+
+/// How long its agent may take to hear of it.
+const TOLD: Duration = Duration::from_secs(20);
+
+/// Brings a machine to a settled state: the one before the operation, or the one after it.
+pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()> {
+    let dir = layout.machine(id);
+    layout::remove_tree(&layout.staging(id))?;
+    layout::remove_tree(&layout.trash(id))?;
+    if !layout::is_ours(&dir) {
+        return Ok(());
+    }
+    let alive = layout::live_run(&dir).is_some();
+    match left {
+        Action::Suspend if alive && !dir.join(STATE).exists() => {
+            // Paused, or about to be: it goes on where it was.
+            if let Err(error) = timeout(GOES_ON, go_on(&dir)).await.unwrap_or_else(|_| Err(late())) {
+                warn!(%id, %error, "a suspend that was cut off cannot be called off: ending the machine");
+                kill_all(&dir).await?;
+            }
+        }
+        // Committed: the process has nothing left to do.
+        Action::Suspend => kill_all(&dir).await?,
+        // Running was never published: whoever wanted it is gone.
+        Action::Start if layout::look(&dir) != Fact::Running => kill_all(&dir).await?,
+        Action::None | Action::Clone | Action::Start | Action::Stop | Action::Delete => {}
+    }
+    layout::remove(&dir.join(STATE_PARTIAL))?;
+    layout::remove(&dir.join(STATE_SPENT))
+}
+
+async fn go_on(dir: &std::path::Path) -> Result<()> {
+    let mut qmp = Qmp::connect(dir, QMP).await?;
+    if !qmp.is_running().await? {
+        qmp.cont().await?;
+    }
+    // It runs: a guest that is too busy to be told so now is no reason to lose it.
+    let told = async { Line::new(dir.to_owned()).client().await?.freeze(false).await.map_err(translate) };
+    match timeout(TOLD, told).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => warn!(dir = %dir.display(), %error, "telling a guest that it is not suspended after all"),
+        Err(_) => warn!(dir = %dir.display(), "a guest was not told in time that it is not suspended after all"),
+    }
+    Ok(())
+}
+
+fn late() -> vmkit::Error {
+    vmkit::Error::new(vmkit::ErrorKind::TimedOut, format!("it did not go on within {GOES_ON:?}"))
+}
+
+/// Kills the recorded process, and a QEMU in the machine's directory that was started and not yet recorded.
+async fn kill_all(dir: &std::path::Path) -> Result<()> {
+    let recorded = layout::live_run(dir).map(|run| run.process);
+    let found =
+        working_in(dir).into_iter().filter(|pid| is_qemu(*pid)).filter_map(|pid| Identity::of(pid).ok().flatten());
+    for identity in recorded.into_iter().chain(found) {
+        let failed = |error| vmkit::Error::io("the machine's process cannot be killed", error);
+        if let Some(held) = identity.hold().map_err(failed)? {
+            held.kill().map_err(failed)?;
+            held.exited().await;
+        }
+    }
+    Ok(())
+}
+
+/// Somebody's shell may stand in the directory: that is not a machine's process.
+fn is_qemu(pid: u32) -> bool {
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    program.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("qemu-system"))
+}

@@ -1,0 +1,36 @@
+//! Connecting to the sockets in a machine's directory.
+//!
+//! A socket's address holds 107 bytes, and directories may be deeper than that: it is named relative to a descriptor.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use tokio::net::UnixStream;
+
+/// Connects to the socket `name` in `dir`.
+///
+/// # Errors
+/// When nobody listens there.
+pub(crate) async fn connect(dir: &Path, name: &str) -> io::Result<UnixStream> {
+    let dir = File::open(dir)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_directory_that_is_too_deep_for_an_address_is_reached() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("x".repeat(200));
+        std::fs::create_dir(&dir).unwrap();
+        let handle = File::open(&dir).unwrap();
+        let _listener =
+            tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/here.sock", handle.as_raw_fd())).unwrap();
+        connect(&dir, "here.sock").await.unwrap();
+        assert!(connect(&dir, "not.sock").await.is_err());
+    }
+}
