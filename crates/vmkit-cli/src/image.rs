@@ -1,0 +1,83 @@
+//! `vmkit image`.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmkit_image::{KernelSource, Recipe, RootSource};
+
+use crate::args::{Args, BuildArgs, ImageCommand};
+use crate::context::{Context, agent};
+use crate::output::{Failure, Output, age, bytes, table};
+
+pub async fn dispatch(args: &Args, command: &ImageCommand, output: &Output) -> Result<u8, Failure> {
+    let context = Context::open(args, output).await?;
+    match command {
+        ImageCommand::Ls => ls(&context),
+        ImageCommand::Build(build) => make(&context, build).await,
+        ImageCommand::Rm { names } => rm(&context, names).await,
+    }
+}
+
+fn ls(context: &Context) -> Result<u8, Failure> {
+    let images = context.images()?.list()?;
+    context.output.result(&images, || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let header = ["NAME", "SIZE", "DISK", "KERNEL", "AGE", "SOURCE", "DIGEST"];
+        let rows = images.iter().map(|image| {
+            let short = image.digest.strip_prefix("sha256:").unwrap_or(&image.digest);
+            vec![
+                image.name.clone(),
+                bytes(image.size),
+                bytes(image.virtual_size),
+                image.kernel_version.clone(),
+                age(now.saturating_sub(Duration::from_secs(image.created))),
+                image.source.clone(),
+                short.get(..12).unwrap_or(short).to_owned(),
+            ]
+        });
+        table(&header, rows.collect())
+    })?;
+    for image in &images {
+        for problem in &image.problems {
+            context.output.warn(problem);
+        }
+    }
+    Ok(0)
+}
+
+async fn make(context: &Context, build: &BuildArgs) -> Result<u8, Failure> {
+    let agent = agent()?;
+    let mut recipe = match &build.rootfs {
+        None => Recipe::built_in(&build.name, agent)?,
+        Some(root) if root.is_dir() => Recipe::new(RootSource::Dir(root.clone()), agent),
+        Some(root) => Recipe::new(RootSource::Tar(root.clone()), agent),
+    };
+    if let Some(size) = build.size {
+        recipe = recipe.size(size);
+    }
+    if let Some(kernel) = &build.kernel {
+        recipe = recipe.kernel(KernelSource::Files { kernel: kernel.clone(), modules: build.modules.clone() });
+    }
+    let (store, name) = (context.images()?, build.name.clone());
+    let info = context
+        .blocking(move |cancel, progress| {
+            store.build(&name, &recipe, cancel, progress)?;
+            store.info(&name)
+        })
+        .await?;
+    context.output.result(&info, || format!("{} {}\n", info.name, info.digest))?;
+    Ok(0)
+}
+
+async fn rm(context: &Context, names: &[String]) -> Result<u8, Failure> {
+    for name in names {
+        // A machine whose record is damaged: say so, instead of that the image is in use.
+        context.qemu().images_in_use()?;
+        let (store, own, qemu) = (context.images()?, name.clone(), context.qemu().clone());
+        // Asked again under the store's lock, when no machine can be on its way.
+        let in_use =
+            move |digest: &str| qemu.images_in_use().map_or(true, |used| used.iter().any(|used| used == digest));
+        context.blocking(move |_, _| store.remove(&own, &in_use)).await?;
+        context.output.result(&serde_json::json!({ "removed": name }), || format!("{name}\n"))?;
+    }
+    Ok(0)
+}

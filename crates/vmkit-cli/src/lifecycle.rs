@@ -1,0 +1,244 @@
+//! The operations on machines, across separate invocations.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::Instant;
+use vmkit::{
+    Cause, ConsoleSinks, Error, ErrorKind, Id, Instance, Observed, Result, Source, State, Subscription, wait_for_state,
+};
+use vmkit_backends::qemu::Qemu;
+
+use crate::args::{Args, CloneArgs};
+use crate::context::{Busy, Context};
+use crate::output::{Failure, Output};
+use crate::run::{CLEANUP_LIMIT, spec};
+use crate::signals::{self, Signals};
+
+/// How often a machine that another process operates on is looked at.
+const POLL: Duration = Duration::from_millis(50);
+
+/// What a command did to one machine.
+#[derive(Serialize)]
+struct Outcome {
+    id: Id,
+    state: State,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forced: Option<bool>,
+    /// How its process had ended by itself, when it had.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    run_error: Option<String>,
+}
+
+impl Outcome {
+    fn of(instance: &Instance) -> Outcome {
+        Outcome { id: instance.id().clone(), state: instance.state(), forced: None, run_error: None }
+    }
+}
+
+pub async fn clone(args: &Args, clone: &CloneArgs, output: &Output) -> Result<u8, Failure> {
+    let context = Context::open(args, output).await?;
+    let work = async {
+        let (image, _hold) = context.image(&clone.shape.image).await?;
+        let instance = context.host.create(clone.name.clone(), spec(&clone.shape, Source::Boot(image))).await?;
+        instance.clone_source().await?;
+        Ok::<Instance, Error>(instance)
+    };
+    let mut signals = Signals::new();
+    let instance = tokio::select! {
+        made = work => made?,
+        signal = signals.next() => {
+            settle(&context, &clone.name).await;
+            return Ok(signals::exit_code(signal));
+        }
+    };
+    output.result(&Outcome::of(&instance), || format!("{}\n", instance.id()))?;
+    Ok(0)
+}
+
+pub async fn start(args: &Args, names: &[Id], timeout: Option<Duration>, output: &Output) -> Result<u8, Failure> {
+    each(args, names, "starting", output, async |instance: &Instance| {
+        let started = instance.start(ConsoleSinks::discard());
+        match timeout {
+            None => started.await?,
+            Some(limit) => match tokio::time::timeout(limit, started).await {
+                Ok(started) => started?,
+                Err(_) => {
+                    let error = Error::new(ErrorKind::TimedOut, format!("it was not up after {limit:?}"));
+                    return Err(error
+                        .on(instance.id().as_str())
+                        .during("Start")
+                        .hint("allow more time with --timeout"));
+                }
+            },
+        }
+        Ok(Outcome::of(instance))
+    })
+    .await
+}
+
+pub async fn suspend(args: &Args, names: &[Id], output: &Output) -> Result<u8, Failure> {
+    each(args, names, "suspending", output, async |instance: &Instance| {
+        instance.suspend().await?;
+        Ok(Outcome::of(instance))
+    })
+    .await
+}
+
+pub async fn stop(args: &Args, names: &[Id], grace: Duration, force: bool, output: &Output) -> Result<u8, Failure> {
+    each(args, names, "stopping", output, async |instance: &Instance| {
+        let report = if force { instance.kill().await } else { instance.stop(grace).await };
+        report.stop?;
+        let run_error = report.run.err().map(|error| error.to_string());
+        Ok(Outcome { forced: Some(report.forced), run_error, ..Outcome::of(instance) })
+    })
+    .await
+}
+
+pub async fn delete(args: &Args, names: &[Id], output: &Output) -> Result<u8, Failure> {
+    each(args, names, "deleting", output, async |instance: &Instance| {
+        instance.delete().await.map_err(|error| match error.state() {
+            Some(State::Running) => error.hint("stop it first, or use `vmkit cleanup`, which does both"),
+            _ => error,
+        })?;
+        Ok(Outcome::of(instance))
+    })
+    .await
+}
+
+pub async fn cleanup(args: &Args, names: &[Id], all: bool, grace: Duration, output: &Output) -> Result<u8, Failure> {
+    let names = match all {
+        true => {
+            let context = Context::open(args, output).await?;
+            context.host.list().await?.into_iter().map(|found| found.id).collect()
+        }
+        false => names.to_vec(),
+    };
+    each(args, &names, "cleaning up", output, async |instance: &Instance| {
+        vmkit::cleanup(instance, grace, CLEANUP_LIMIT.max(grace * 2)).await?;
+        Ok(Outcome::of(instance))
+    })
+    .await
+}
+
+/// Does the same to each machine. One that fails does not keep the others from their turn; the first failure counts.
+async fn each(
+    args: &Args,
+    names: &[Id],
+    doing: &'static str,
+    output: &Output,
+    act: impl AsyncFn(&Instance) -> Result<Outcome>,
+) -> Result<u8, Failure> {
+    let missing_is_done = matches!(args.command, crate::args::Command::Cleanup { .. });
+    let context = Context::open(args, output).await?;
+    let mut signals = Signals::new();
+    let mut outcomes = Vec::new();
+    let mut first: Option<Failure> = None;
+    for name in names {
+        let work = async {
+            let _busy = Busy::new(output, doing, name);
+            match context.machine(name).await {
+                Ok(instance) => act(&instance).await,
+                Err(error) if missing_is_done && error.kind() == ErrorKind::NotFound => {
+                    if context.qemu().machine_dir(name).symlink_metadata().is_ok() {
+                        output.warn(format!("{name}: what is there was not made by vmkit, and stays"));
+                    }
+                    Ok(Outcome { id: name.clone(), state: State::Deleted, forced: None, run_error: None })
+                }
+                Err(error) => Err(error),
+            }
+        };
+        let done = tokio::select! {
+            done = work => done,
+            signal = signals.next() => {
+                settle(&context, name).await;
+                return Ok(signals::exit_code(signal));
+            }
+        };
+        match done {
+            Ok(outcome) => {
+                if let Some(error) = &outcome.run_error {
+                    output.warn(error);
+                }
+                if !output.json {
+                    output.result(&outcome, || format!("{}\n", outcome.id))?;
+                }
+                outcomes.push(outcome);
+            }
+            Err(error) => {
+                let failure = Failure::from(error);
+                if let Some(earlier) = first.replace(failure) {
+                    output.failure(&earlier);
+                    // The first one's code is the command's; the last one's text is printed at the end.
+                    first = first.map(|last| Failure { code: earlier.code, ..last });
+                }
+            }
+        }
+    }
+    if output.json {
+        output.result(&outcomes, String::new)?;
+    }
+    first.map_or(Ok(0), Err)
+}
+
+/// After a signal: the machine's own task takes back what it was doing; this waits until it has. What another process does to
+/// the machine is not waited for.
+async fn settle(context: &Context, id: &Id) {
+    if let Some(instance) = context.host.get(id) {
+        let mut changes = instance.subscribe();
+        while let Some(status) = changes.next().await {
+            if !status.state.is_transitional() || status.cause != Cause::Requested {
+                return;
+            }
+        }
+    }
+}
+
+/// A machine that other processes operate on: it is looked at again and again.
+struct Watched<'a> {
+    id: &'a Id,
+    target: State,
+    qemu: &'a Qemu,
+}
+
+impl Observed for Watched<'_> {
+    fn id(&self) -> &Id {
+        self.id
+    }
+
+    async fn state(&self) -> Result<State> {
+        match self.qemu.state(self.id).await? {
+            State::Deleted if self.target != State::Deleted => {
+                let error =
+                    Error::new(ErrorKind::NotFound, format!("there is no such machine to become {}", self.target));
+                Err(error.on(self.id.as_str()).hint("`vmkit ls` lists the machines there are"))
+            }
+            state => Ok(state),
+        }
+    }
+
+    fn subscribe(&self) -> Option<Subscription> {
+        None
+    }
+}
+
+pub async fn wait(
+    args: &Args,
+    id: &Id,
+    target: State,
+    limit: Option<Duration>,
+    output: &Output,
+) -> Result<u8, Failure> {
+    let context = Context::open(args, output).await?;
+    let watched = Watched { id, target, qemu: context.qemu() };
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    wait_for_state(&watched, POLL, deadline, target, &[]).await.map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => {
+            error.hint("allow more time with --timeout, or look at it: `vmkit inspect`, `vmkit console`")
+        }
+        _ => error,
+    })?;
+    let outcome = Outcome { id: id.clone(), state: target, forced: None, run_error: None };
+    output.result(&outcome, || format!("{id} {target}\n"))?;
+    Ok(0)
+}

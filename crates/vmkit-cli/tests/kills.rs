@@ -1,0 +1,149 @@
+//! Kill -9 of `vmkit`, at any moment: the next command finds every machine again, or removes it.
+
+mod common;
+
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use common::State;
+
+/// Kills it after this long, unless it was quicker. Returns whether it was killed.
+fn kill_after(mut child: Child, time: Duration) -> bool {
+    std::thread::sleep(time);
+    let _ = child.kill();
+    child.wait().unwrap().code().is_none()
+}
+
+fn took(work: impl FnOnce()) -> Duration {
+    let start = Instant::now();
+    work();
+    start.elapsed()
+}
+
+#[test]
+fn killed_runs_leave_nothing_that_the_next_command_does_not_clean() {
+    let Some(state) = State::new() else { return };
+    let whole = took(|| drop(state.ok(&["run", "--", "true"])));
+    let mut killed = 0;
+    for step in 0..16 {
+        let child = state.command(&["run", "--", "true"]).stderr(Stdio::null()).spawn().unwrap();
+        // Close together at the beginning and the end, where most happens in little time.
+        let part = f64::from(step) / 15.0;
+        let at = whole.mul_f64(if part < 0.5 { 2.0 * part * part } else { 1.0 - 2.0 * (1.0 - part) * (1.0 - part) });
+        killed += u32::from(kill_after(child, at));
+        assert_eq!(state.machines(), [], "after a kill at {at:?}");
+        state.is_clean();
+    }
+    assert!(killed >= 8, "only {killed} of 16 runs were killed in time");
+}
+
+#[test]
+fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word"]);
+    let whole = took(|| drop(state.ok(&["suspend", "web"])));
+    state.ok(&["start", "web"]);
+    for step in 0..12 {
+        let child = state.command(&["suspend", "web"]).stderr(Stdio::null()).spawn().unwrap();
+        kill_after(child, whole.mul_f64(f64::from(step) / 11.0));
+        let machines = state.machines();
+        match machines[0].1.as_str() {
+            "Running" => assert_eq!(state.pids().len(), 1),
+            "Suspended" => {
+                assert_eq!(state.pids(), [0; 0]);
+                state.ok(&["start", "web"]);
+            }
+            other => panic!("a suspend that was killed left it {other}"),
+        }
+        assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
+    }
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
+fn other_operations_that_are_killed_leave_a_settled_machine() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    let start = took(|| drop(state.ok(&["start", "web"])));
+    let resume = {
+        state.ok(&["suspend", "web"]);
+        took(|| drop(state.ok(&["start", "web"])))
+    };
+    state.ok(&["stop", "--grace", "0", "web"]);
+    for step in 0..6 {
+        let part = f64::from(step) / 5.0;
+        kill_after(state.command(&["start", "web"]).stderr(Stdio::null()).spawn().unwrap(), start.mul_f64(part));
+        match state.machines()[0].1.as_str() {
+            "Stopped" => {
+                assert_eq!(state.pids(), [0; 0]);
+                state.ok(&["start", "web"]);
+            }
+            "Running" => assert_eq!(state.pids().len(), 1),
+            other => panic!("a start that was killed left it {other}"),
+        }
+        state.ok(&["suspend", "web"]);
+        kill_after(state.command(&["start", "web"]).stderr(Stdio::null()).spawn().unwrap(), resume.mul_f64(part));
+        match state.machines()[0].1.as_str() {
+            "Suspended" => drop(state.ok(&["start", "web"])),
+            "Running" => {}
+            // The guest had gone on: its saved execution is spent.
+            "Stopped" => drop(state.ok(&["start", "web"])),
+            other => panic!("a resume that was killed left it {other}"),
+        }
+        assert_eq!(state.ok(&["exec", "web", "--", "echo", "up"]), "up\n");
+        kill_after(state.command(&["stop", "web"]).spawn().unwrap(), Duration::from_millis(20 * step as u64));
+        state.ok(&["cleanup", "web", "--grace", "0"]);
+        state.is_clean();
+        kill_after(state.command(&["clone", "web"]).spawn().unwrap(), Duration::from_millis(2 * step as u64));
+        match state.machines().first() {
+            Some((_, settled)) => assert_eq!(settled, "Stopped"),
+            None => drop(state.ok(&["clone", "web"])),
+        }
+    }
+    state.ok(&["delete", "web"]);
+    state.is_clean();
+}
+
+#[test]
+fn a_qemu_that_is_killed_while_it_is_suspended_is_an_error_and_a_stopped_machine() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    for step in 0..8 {
+        state.ok(&["start", "web"]);
+        let mut suspend = state.command(&["suspend", "web"]).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(6 * step));
+        for pid in state.pids() {
+            let _ = std::process::Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+        }
+        let code = suspend.wait().unwrap().code();
+        match state.machines()[0].1.as_str() {
+            "Stopped" => assert!(matches!(code, Some(1 | 4)), "{code:?}"),
+            "Suspended" => assert_eq!(code, Some(0)),
+            other => panic!("it is {other}, and suspending ended with {code:?}"),
+        }
+        assert_eq!(state.pids(), [0; 0]);
+    }
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
+fn a_qemu_that_is_killed_is_found_stopped() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    let mut exec = state.command(&["exec", "web", "--", "sleep", "1000"]).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    for pid in state.pids() {
+        assert!(std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    }
+    let noticed = took(|| assert_eq!(exec.wait().unwrap().code(), Some(125)));
+    assert!(noticed < Duration::from_secs(5), "noticed after {noticed:?}");
+    assert_eq!(state.machines(), [("web".into(), "Stopped".into())]);
+    state.ok(&["start", "web"]);
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
