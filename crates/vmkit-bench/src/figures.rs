@@ -1,0 +1,136 @@
+//! Which figures there are, what each is held against, and what is to be reached.
+
+/// One of vmkit's own figures.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figure {
+    /// Its name, also in JSON.
+    pub name: &'static str,
+    /// The floor's figure that it is held against.
+    pub floor: Option<&'static str>,
+    /// What is to be reached.
+    pub target: Option<Target>,
+    /// What is measured.
+    pub what: &'static str,
+}
+
+/// What a figure has to stay under.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    /// This many times the floor's figure.
+    Ratio(f64),
+    /// This many milliseconds. A wish and no more: absolute times belong to the machine they were measured on.
+    Milliseconds(f64),
+}
+
+const fn figure(name: &'static str, floor: Option<&'static str>, target: Option<Target>, what: &'static str) -> Figure {
+    Figure { name, floor, target, what }
+}
+
+/// vmkit's own figures, in the order in which they are shown.
+pub const OURS: &[Figure] = &[
+    figure("cold_boot", Some("cold_boot"), Some(Target::Ratio(1.25)), "create, clone and start, to a process's answer"),
+    figure("run_process", Some("cold_boot"), Some(Target::Ratio(1.5)), "`vmkit run -- true`, to its exit; all deleted"),
+    figure("process_warm", Some("process_warm"), Some(Target::Ratio(1.3)), "a process's answer on a warm machine"),
+    figure("exec_warm", Some("exec_warm"), None, "the agent's own answer on a warm machine"),
+    figure("out_mib_s", Some("out_mib_s"), None, "MiB a second out of a process (more is better)"),
+    figure("suspend", Some("suspend"), None, "to disk, and the process gone"),
+    figure("suspend_fsync", Some("suspend"), None, "the same, written through to the disk"),
+    figure("resume_ping", Some("resume_disk"), None, "start of a suspended machine, to the agent's answer"),
+    figure("resume", Some("resume_process"), None, "the same, to a process's answer"),
+    figure("clone", None, None, "create and clone"),
+    figure("delete", None, None, "forced stop and delete"),
+    figure("states_ms", None, Some(Target::Milliseconds(10.0)), "`vmkit states`, to its exit"),
+];
+
+/// The floor's figures, in the order in which they are shown, and what is measured.
+pub const FLOOR: &[(&str, &str)] = &[
+    ("qmp_ready", "start of QEMU, to a control session"),
+    ("cold_boot", "start of QEMU, to the guest's shell"),
+    ("template_save", "devices' state of that guest, to a file"),
+    ("fork_total", "start of QEMU on it, memory copy on write, to a builtin's answer"),
+    ("fork_process", "the same, to a process's answer"),
+    ("fork_load", "of that, loading the devices' state"),
+    ("resume_paused", "going on after a pause, to a builtin's answer"),
+    ("suspend", "devices' state to a file, memory in a file of its own"),
+    ("resume_disk", "start of QEMU on those files, to a builtin's answer"),
+    ("resume_process", "the same, to a process's answer"),
+    ("exec_warm", "a builtin's answer on a warm machine"),
+    ("process_warm", "a process's answer on a warm machine"),
+    ("forks_per_s", "throw-away machines a second, two at a time"),
+    ("paused_unique_mib", "MiB that a forked and paused machine has for itself"),
+    ("out_mib_s", "MiB a second out of the guest"),
+];
+
+/// Every name there is.
+pub fn names() -> Vec<&'static str> {
+    let mut names: Vec<_> = OURS.iter().map(|figure| figure.name).collect();
+    names.extend(FLOOR.iter().map(|(name, _)| name).filter(|name| ours(name).is_none()));
+    names
+}
+
+/// vmkit's own figure of this name.
+pub fn ours(name: &str) -> Option<&'static Figure> {
+    OURS.iter().find(|figure| figure.name == name)
+}
+
+/// Which figures are wanted: all, or some and what they are held against.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    only: Vec<String>,
+    ours: bool,
+}
+
+impl Wanted {
+    /// All figures when `only` is empty; of vmkit's own none without `ours`.
+    pub fn new(only: Vec<String>, ours: bool) -> Wanted {
+        Wanted { only, ours }
+    }
+
+    /// Whether one of these figures of vmkit's own is wanted.
+    pub fn ours(&self, names: &[&str]) -> bool {
+        self.ours && (self.only.is_empty() || names.iter().any(|name| self.names(name)))
+    }
+
+    /// Whether one of these figures of the floor is wanted.
+    pub fn floor(&self, names: &[&str]) -> bool {
+        let beside =
+            |name: &str| self.ours && OURS.iter().any(|figure| figure.floor == Some(name) && self.names(figure.name));
+        self.only.is_empty() || names.iter().any(|name| self.names(name) || beside(name))
+    }
+
+    fn names(&self, name: &str) -> bool {
+        self.only.iter().any(|only| only == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_figure_is_held_against_one_that_exists() {
+        for figure in OURS {
+            if let Some(floor) = figure.floor {
+                assert!(FLOOR.iter().any(|(name, _)| *name == floor), "{floor}");
+            }
+            let against_nothing = matches!(figure.target, Some(Target::Ratio(_))) && figure.floor.is_none();
+            assert!(!against_nothing, "{figure:?}");
+        }
+        let mut names = names();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+    }
+
+    #[test]
+    fn what_is_wanted_brings_what_it_is_held_against() {
+        let wanted = Wanted::new(vec!["run_process".into()], true);
+        assert!(wanted.ours(&["states_ms", "run_process"]) && !wanted.ours(&["cold_boot"]));
+        assert!(wanted.floor(&["qmp_ready", "cold_boot"]) && !wanted.floor(&["suspend"]));
+        let all = Wanted::new(Vec::new(), true);
+        assert!(all.ours(&["clone"]) && all.floor(&["forks_per_s"]));
+        let floor = Wanted::new(Vec::new(), false);
+        assert!(!floor.ours(&["cold_boot"]) && floor.floor(&["cold_boot"]));
+    }
+}

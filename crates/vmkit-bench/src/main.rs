@@ -1,0 +1,91 @@
+//! `vmkit-bench`: what bare QEMU costs on this machine, and what vmkit costs beside it.
+//!
+//! ```text
+//!  session ──┬─ floor      bare QEMU: no vmkit in between
+//!  (rounds)  ├─ ours       the library
+//!            └─ commands   `vmkit run`, `vmkit states`, as processes
+//!                 │ samples
+//!                 ▼
+//!               report     medians, ratios, targets
+//! ```
+//!
+//! The project carries its own floor because an absolute time says nothing without one: machines differ, and the same machine
+//! differs from hour to hour. So both are measured in turns, and nothing here asserts a time.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod error;
+mod figures;
+mod floor;
+mod ours;
+mod report;
+mod samples;
+mod session;
+mod stop;
+
+use std::error::Error as _;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+use error::{Error, Result};
+use figures::Wanted;
+use session::Plan;
+use stop::Stop;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match carry_out(args) {
+        Ok(code) => code,
+        Err(Error::Interrupted) => {
+            eprintln!("vmkit-bench: interrupted; everything is removed");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            print_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(args: Args) -> Result<ExitCode> {
+    let stop = Stop::listen().map_err(|error| vmkit::Error::io("signals cannot be listened to", error))?;
+    let floor_only = args.floor_only || args.command == Some(Command::Floor);
+    let plan = Plan {
+        runs: args.runs,
+        wanted: Wanted::new(args.only, !floor_only),
+        accelerator: args.accel,
+        state_dir: args.state_dir,
+    };
+    let report = session::measure(&plan, &stop)?;
+    let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
+    // A reader that went away, as `head` does, is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    let over = report.over();
+    if args.check && !over.is_empty() {
+        eprintln!("vmkit-bench: over the target: {}", over.join(", "));
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_error(error: &Error) {
+    eprintln!("error: {error}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        eprintln!("  because: {cause}");
+        source = cause.source();
+    }
+    if let Error::Vmkit(error) = error {
+        for line in error.details().unwrap_or_default().trim_end().lines() {
+            eprintln!("  | {line}");
+        }
+        if let Some(hint) = error.next_step() {
+            eprintln!("  next: {hint}");
+        }
+    }
+}

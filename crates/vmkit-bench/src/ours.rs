@@ -1,0 +1,226 @@
+//! vmkit's own figures: the library's, as a program has them that uses it.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::{Builder, Runtime};
+use vmkit::{BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, Instance, Source, Spec, cleanup};
+use vmkit_backends::qemu::{Accelerator, Qemu, QemuConfig};
+
+use crate::error::{Error, Result};
+use crate::samples::{Samples, median, ms};
+use crate::stop::Stop;
+
+/// Short measurements are made this often in each round.
+const REPEATS: usize = 3;
+/// Answers of a warm guest: how many are thrown away, and how many are measured.
+const WARM: (usize, usize) = (5, 20);
+/// The same process as the floor's.
+const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
+/// How long removing a machine may take.
+const CLEANUP: Duration = Duration::from_secs(60);
+
+/// The measurements, and the machines they are made on. All machines are removed when it is dropped.
+pub struct Ours {
+    runtime: Runtime,
+    stop: Stop,
+    /// Suspends by writing files, as the floor does.
+    host: Host<Qemu>,
+    /// Suspends by writing through to the disk, as `vmkit` does.
+    durable: Host<Qemu>,
+    spec: Spec,
+    made: u32,
+    /// The machine of this round, suspended: it costs no processor time while the floor has its turn.
+    parked: Option<Id>,
+}
+
+impl Ours {
+    /// What [`boot`](Ours::boot) measures.
+    pub const BOOT: &[&str] = &["clone", "cold_boot", "exec_warm", "process_warm", "out_mib_s"];
+    /// What [`suspend`](Ours::suspend) measures.
+    pub const SUSPEND: &[&str] = &["suspend", "suspend_fsync", "resume", "resume_ping", "delete"];
+
+    /// Machines in `dir`, made from `image`.
+    ///
+    /// # Errors
+    /// When `dir` cannot be used, or QEMU is missing.
+    pub fn new(dir: &Path, image: BootImage, memory_mib: u64, accelerator: Accelerator, stop: Stop) -> Result<Ours> {
+        // As the command has it.
+        let runtime = Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| VmkitError::io("the runtime cannot be started", error))?;
+        let config = QemuConfig { accelerator, durable: false, ..QemuConfig::new(dir) };
+        let durable = QemuConfig { durable: true, ..config.clone() };
+        let (host, durable) = (Host::new(Qemu::new(config)?), Host::new(Qemu::new(durable)?));
+        let spec = Spec::new(Source::Boot(image)).memory_mib(memory_mib);
+        Ok(Ours { runtime, stop, host, durable, spec, made: 0, parked: None })
+    }
+
+    /// QEMU's program, and whether guests execute with KVM.
+    ///
+    /// # Errors
+    /// When QEMU is missing, or an accelerator that was asked for by name does not work.
+    pub fn qemu(&self, accelerator: Accelerator) -> Result<(PathBuf, bool)> {
+        let facts = self.host.provider().host_facts()?;
+        let kvm = facts.accelerator(accelerator)? == "kvm";
+        Ok((facts.program, kvm))
+    }
+
+    /// A machine's way from nothing to a process's answer, then warm; it is parked at the end.
+    ///
+    /// # Errors
+    /// When vmkit fails, or on an interruption.
+    pub fn boot(&mut self, samples: &mut Samples) -> Result<()> {
+        self.discard()?;
+        self.made += 1;
+        let id = Id::new(format!("bench-{}", self.made))?;
+        let (host, spec) = (&self.host, &self.spec);
+        let measure = async {
+            let clock = Instant::now();
+            let vm = host.create(id.clone(), spec.clone()).await?;
+            vm.clone_source().await?;
+            samples.add("clone", ms(clock.elapsed()));
+            vm.start(ConsoleSinks::discard()).await?;
+            say(&vm, &["echo", "hello"], "hello").await?;
+            samples.add("cold_boot", ms(clock.elapsed()));
+            samples.add("exec_warm", warm(async || vm.ping().await).await?);
+            samples.add("process_warm", warm(async || say(&vm, PROCESS.0, PROCESS.1).await).await?);
+            let clock = Instant::now();
+            let zeros = vm.command("dd").args(["if=/dev/zero", "bs=64k", "count=1024"]).output().await?.stdout;
+            samples.add("out_mib_s", zeros.len() as f64 / f64::from(1 << 20) / clock.elapsed().as_secs_f64());
+            vm.suspend().await
+        };
+        run(&self.runtime, &self.stop, measure)?;
+        self.parked = Some(id);
+        Ok(())
+    }
+
+    /// Suspends and resumes of the machine that is parked; it is deleted at the end.
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn suspend(&mut self, samples: &mut Samples) -> Result<()> {
+        if self.parked.is_none() {
+            self.boot(samples)?;
+        }
+        let Some(id) = self.parked.clone() else { return Ok(()) };
+        let (host, durable) = (&self.host, &self.durable);
+        let measure = async {
+            let (vm, through) = (host.adopt(&id).await?, durable.adopt(&id).await?);
+            for _ in 0..REPEATS {
+                let clock = Instant::now();
+                vm.start(ConsoleSinks::discard()).await?;
+                vm.ping().await?;
+                samples.add("resume_ping", ms(clock.elapsed()));
+                let clock = Instant::now();
+                vm.suspend().await?;
+                samples.add("suspend", ms(clock.elapsed()));
+                let clock = Instant::now();
+                through.start(ConsoleSinks::discard()).await?;
+                say(&through, PROCESS.0, PROCESS.1).await?;
+                samples.add("resume", ms(clock.elapsed()));
+                let clock = Instant::now();
+                through.suspend().await?;
+                samples.add("suspend_fsync", ms(clock.elapsed()));
+            }
+            vm.start(ConsoleSinks::discard()).await?;
+            let clock = Instant::now();
+            vm.kill().await.stopped()?;
+            vm.delete().await?;
+            samples.add("delete", ms(clock.elapsed()));
+            Ok(())
+        };
+        run(&self.runtime, &self.stop, measure)?;
+        self.parked = None;
+        Ok(())
+    }
+
+    /// Removes the machine that is parked, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn discard(&mut self) -> Result<()> {
+        match self.parked.take() {
+            Some(id) => Ok(self.runtime.block_on(remove(&self.host, &id))?),
+            None => Ok(()),
+        }
+    }
+
+    /// The machines that are there, whoever made them.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn machines(&self) -> Result<Vec<Id>> {
+        let found = self.runtime.block_on(self.host.list())?;
+        Ok(found.into_iter().map(|machine| machine.id).collect())
+    }
+
+    /// Carries out what is not the library's, on its runtime.
+    ///
+    /// # Errors
+    /// As what is carried out.
+    pub fn block_on<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.runtime.block_on(work)
+    }
+}
+
+impl Drop for Ours {
+    fn drop(&mut self) {
+        // Also after an error, an interruption or a panic: no machine outlives the bench. The directory is ours alone, so
+        // everything in it is.
+        let host = &self.host;
+        let removed = self.runtime.block_on(async {
+            for machine in host.list().await? {
+                remove(host, &machine.id).await?;
+            }
+            Ok::<_, VmkitError>(())
+        });
+        if let Err(error) = removed {
+            eprintln!("warning: a machine could not be removed: {error}");
+        }
+    }
+}
+
+async fn remove(host: &Host<Qemu>, id: &Id) -> vmkit::Result<()> {
+    match host.adopt(id).await {
+        Ok(vm) => cleanup(&vm, Duration::ZERO, CLEANUP).await,
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Carries out a measurement, unless somebody asks to end.
+fn run<T>(runtime: &Runtime, stop: &Stop, measure: impl Future<Output = vmkit::Result<T>>) -> Result<T> {
+    runtime.block_on(async {
+        tokio::select! {
+            biased;
+            () = stop.raised() => Err(Error::Interrupted),
+            measured = measure => Ok(measured?),
+        }
+    })
+}
+
+/// A process, whose answer must be this one: else what is measured is not what it should be.
+async fn say(vm: &Instance, words: &[&str], answer: &str) -> vmkit::Result<()> {
+    let output = vm.command(words[0]).args(words[1..].iter().copied()).output().await?;
+    match String::from_utf8_lossy(&output.stdout).trim() {
+        said if said == answer && output.status.success() => Ok(()),
+        _ => {
+            let what = format!("{} did not answer as it should, and ended with {}", words[0], output.status);
+            Err(VmkitError::new(ErrorKind::Inconsistent, what).on(vm.id().as_str()))
+        }
+    }
+}
+
+/// The median time of what a machine does for the hundredth time as for the tenth.
+async fn warm(mut once: impl AsyncFnMut() -> vmkit::Result<()>) -> vmkit::Result<f64> {
+    for _ in 0..WARM.0 {
+        once().await?;
+    }
+    let mut times = Vec::new();
+    for _ in 0..WARM.1 {
+        let clock = Instant::now();
+        once().await?;
+        times.push(ms(clock.elapsed()));
+    }
+    Ok(median(&times))
+}

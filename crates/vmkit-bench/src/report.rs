@@ -1,0 +1,158 @@
+//! Figures side by side, for people and for programs.
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde_json::{Map, Value, json};
+
+use crate::figures::{FLOOR, Figure, OURS, Target};
+use crate::samples::Samples;
+
+/// What was measured in one run.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// The floor's.
+    pub floor: Samples,
+    /// vmkit's own.
+    pub ours: Samples,
+}
+
+impl Report {
+    /// A figure of ours by the floor's.
+    fn ratio(&self, figure: &Figure) -> Option<f64> {
+        let floor = self.floor.median(figure.floor?)?;
+        Some(self.ours.median(figure.name)? / floor)
+    }
+
+    /// Whether a figure reaches its target; none without one, and when it was not measured.
+    fn reached(&self, figure: &Figure) -> Option<bool> {
+        match figure.target? {
+            Target::Ratio(limit) => Some(self.ratio(figure)? <= limit),
+            Target::Milliseconds(limit) => Some(self.ours.median(figure.name)? <= limit),
+        }
+    }
+
+    /// The names of the figures whose ratio is over its target.
+    pub fn over(&self) -> Vec<&'static str> {
+        let over =
+            |figure: &&Figure| matches!(figure.target, Some(Target::Ratio(_))) && self.reached(figure) == Some(false);
+        OURS.iter().filter(over).map(|figure| figure.name).collect()
+    }
+
+    /// `{"floor": {…}, "ours": {…}, "ratio": {…}}`, each by the figure's name: medians, milliseconds unless the name says
+    /// otherwise. What was not measured is left out.
+    pub fn json(&self) -> Value {
+        let object = |pairs: &mut dyn Iterator<Item = (&str, Option<f64>)>, digits| -> Value {
+            let known = pairs.filter_map(|(name, value)| Some((name.to_owned(), json!(round(value?, digits)))));
+            Value::Object(known.collect::<Map<_, _>>())
+        };
+        json!({
+            "floor": object(&mut FLOOR.iter().map(|(name, _)| (*name, self.floor.median(name))), 2),
+            "ours": object(&mut OURS.iter().map(|figure| (figure.name, self.ours.median(figure.name))), 2),
+            "ratio": object(&mut OURS.iter().map(|figure| (figure.name, self.ratio(figure))), 3),
+        })
+    }
+
+    /// A table: first what both have, then the rest.
+    pub fn text(&self) -> String {
+        let mut table = Table::new();
+        table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header(["FIGURE", "OURS", "FLOOR", "RATIO", "TARGET", "", "WHAT"]);
+        for figure in OURS {
+            let ours = self.ours.median(figure.name);
+            if ours.is_some() {
+                let floor = figure.floor.and_then(|name| self.floor.median(name));
+                let verdict = self.reached(figure).map_or("", |reached| if reached { "ok" } else { "over" });
+                let (ours, floor, ratio) = (number(ours), number(floor), number(self.ratio(figure)));
+                let target = figure.target.map_or(String::new(), target);
+                table.add_row([figure.name, &ours, &floor, &ratio, &target, verdict, figure.what]);
+            }
+        }
+        for (name, what) in FLOOR {
+            let shown = OURS.iter().any(|figure| figure.name == *name && self.ours.median(name).is_some());
+            let floor = self.floor.median(name);
+            if floor.is_some() && !shown {
+                table.add_row([name, "", &number(floor), "", "", "", what]);
+            }
+        }
+        for (at, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if (1..=4).contains(&at) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+    }
+}
+
+fn target(target: Target) -> String {
+    match target {
+        Target::Ratio(limit) => format!("≤ {limit}×"),
+        Target::Milliseconds(limit) => format!("≤ {limit} ms"),
+    }
+}
+
+/// With as many digits as mean something.
+fn number(value: Option<f64>) -> String {
+    match value {
+        None => String::new(),
+        Some(value) if value.abs() >= 100.0 => format!("{value:.0}"),
+        Some(value) if value.abs() >= 10.0 => format!("{value:.1}"),
+        Some(value) => format!("{value:.2}"),
+    }
+}
+
+fn round(value: f64, digits: i32) -> f64 {
+    let scale = 10_f64.powi(digits);
+    (value * scale).round() / scale
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report::default();
+        for (name, value) in [("cold_boot", 2000.0), ("process_warm", 4.0), ("fork_total", 50.0)] {
+            report.floor.add(name, value);
+        }
+        for (name, value) in
+            [("cold_boot", 2400.0), ("run_process", 3100.0), ("process_warm", 4.4444), ("states_ms", 12.0)]
+        {
+            report.ours.add(name, value);
+        }
+        report
+    }
+
+    #[test]
+    fn the_json_has_what_was_measured_and_nothing_else() {
+        let expected = json!({
+            "floor": { "cold_boot": 2000.0, "process_warm": 4.0, "fork_total": 50.0 },
+            "ours": { "cold_boot": 2400.0, "run_process": 3100.0, "process_warm": 4.44, "states_ms": 12.0 },
+            "ratio": { "cold_boot": 1.2, "run_process": 1.55, "process_warm": 1.111 },
+        });
+        assert_eq!(report().json(), expected);
+    }
+
+    #[test]
+    fn only_ratios_are_over() {
+        assert_eq!(report().over(), ["run_process"]);
+        assert!(Report::default().over().is_empty());
+    }
+
+    #[test]
+    fn the_table_is_aligned() {
+        let text = report().text();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 6, "{text}");
+        let words = |line: usize| lines[line].split_whitespace().take(7).collect::<Vec<_>>().join(" ");
+        assert!(words(0).starts_with("FIGURE OURS FLOOR RATIO TARGET WHAT"), "{text}");
+        assert!(words(1).starts_with("cold_boot 2400 2000 1.20 ≤ 1.25× ok"), "{text}");
+        assert!(words(2).starts_with("run_process 3100 2000 1.55 ≤ 1.5× over"), "{text}");
+        assert!(words(3).starts_with("process_warm 4.44 4.00 1.11 ≤ 1.3× ok"), "{text}");
+        assert!(words(4).starts_with("states_ms 12.0 ≤ 10 ms over"), "{text}");
+        assert!(words(5).starts_with("fork_total 50.0 start"), "{text}");
+        let column = |line: usize, text: &str| {
+            lines[line].chars().count() - lines[line].split(text).last().unwrap().chars().count()
+        };
+        assert_eq!(column(1, "2400"), column(4, "12.0"), "{text}");
+    }
+}

@@ -1,0 +1,154 @@
+//! One run: everything is set up, rounds are measured, everything is removed.
+
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
+
+use vmkit::{Error as VmkitError, ErrorKind};
+use vmkit_backends::qemu::Accelerator;
+use vmkit_image::{Agent, Hold, Store};
+
+use crate::commands::Commands;
+use crate::error::{Error, Result};
+use crate::figures::Wanted;
+use crate::floor::{Config, Floor, Guest};
+use crate::ours::Ours;
+use crate::report::Report;
+use crate::stop::Stop;
+
+/// The memory of every guest, ours and the floor's.
+const MEMORY_MIB: u64 = 256;
+
+/// What is to be done in a run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// How many rounds.
+    pub runs: u32,
+    /// Which figures.
+    pub wanted: Wanted,
+    /// How guests execute.
+    pub accelerator: Accelerator,
+    /// Where images are kept.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// What is measured, and what it needs. The order is that in which it ends: processes before the directory they are in.
+struct Session {
+    floor: Floor,
+    ours: Ours,
+    commands: Option<Commands>,
+    /// No image is removed meanwhile.
+    _hold: Hold,
+    _dir: tempfile::TempDir,
+}
+
+/// Carries out a plan, and says on standard error how far it is.
+///
+/// # Errors
+/// When something is missing, QEMU or vmkit fail, or on an interruption. Nothing is left then either.
+pub fn measure(plan: &Plan, stop: &Stop) -> Result<Report> {
+    let mut session = Session::prepare(plan, stop)?;
+    let mut report = Report::default();
+    for round in 1..=plan.runs {
+        eprintln!("vmkit-bench: round {round} of {}", plan.runs);
+        session.round(&plan.wanted, stop, &mut report)?;
+    }
+    Ok(report)
+}
+
+impl Session {
+    fn prepare(plan: &Plan, stop: &Stop) -> Result<Session> {
+        let agent = Agent::find(format!("protocol {}", vmkit_agent::link::VERSION))?;
+        let images = state_dir(plan.state_dir.clone())?.join("images");
+        let store = Store::open(&images)?;
+        let hold = store.hold()?;
+        let image = store.ensure("base", &agent, &stop.image, &|progress| {
+            eprintln!("vmkit-bench: image base, {}: {}", progress.phase, progress.detail);
+        });
+        let image = image.map_err(|error| if stop.is_raised() { Error::Interrupted } else { error.into() })?;
+
+        // A state directory of our own, so that nobody's machines are touched; only the images are those of always.
+        let dir = tempfile::Builder::new().prefix("vmkit-bench-").tempdir();
+        let dir = dir.map_err(|error| VmkitError::io("no temporary directory can be made", error))?;
+        let made = symlink(store.path(), dir.path().join("images"))
+            .and_then(|()| std::fs::create_dir(dir.path().join("floor")));
+        made.map_err(|error| VmkitError::io(format!("{} cannot be written to", dir.path().display()), error))?;
+
+        let guest = Guest::make(&dir.path().join("floor"), &image.kernel, &image.initramfs)?;
+        let ours = Ours::new(&dir.path().join("vms"), image, MEMORY_MIB, plan.accelerator, stop.clone())?;
+        // Looked up here, so that no measurement includes finding out whether KVM works.
+        let (program, kvm) = ours.qemu(plan.accelerator)?;
+        let accelerator = if kvm { "kvm" } else { "tcg" };
+        let floor = Floor::new(Config {
+            program,
+            kvm,
+            memory_mib: MEMORY_MIB,
+            guest,
+            dir: dir.path().join("floor"),
+            interrupted: stop.flag.clone(),
+            made: AtomicUsize::new(0),
+        });
+        let environment = vec![
+            ("VMKIT_STATE_DIR", dir.path().as_os_str().to_owned()),
+            ("VMKIT_AGENT", agent.path().as_os_str().to_owned()),
+            ("VMKIT_ACCEL", accelerator.into()),
+        ];
+        let needed = plan.wanted.ours(Commands::RUN) || plan.wanted.ours(Commands::STATES);
+        let commands = needed.then(|| Commands::find(environment, stop.clone())).transpose()?;
+        Ok(Session { floor, ours, commands, _hold: hold, _dir: dir })
+    }
+
+    /// One round: the floor's turns and ours alternate, so that what disturbs this machine for a while disturbs both.
+    fn round(&mut self, wanted: &Wanted, stop: &Stop, report: &mut Report) -> Result<()> {
+        let Session { floor, ours, commands, .. } = self;
+        let go_on = || if stop.is_raised() { Err(Error::Interrupted) } else { Ok(()) };
+        if wanted.floor(Floor::BOOT) {
+            floor.boot(&mut report.floor)?;
+        }
+        if wanted.ours(Ours::BOOT) {
+            ours.boot(&mut report.ours)?;
+        }
+        if wanted.floor(Floor::PROCESS) {
+            floor.process(&mut report.floor)?;
+        }
+        if let Some(commands) = commands {
+            if wanted.ours(Commands::RUN) {
+                commands.run(ours, &mut report.ours)?;
+            }
+            if wanted.ours(Commands::STATES) {
+                commands.states(ours, &mut report.ours)?;
+            }
+        }
+        if wanted.floor(Floor::DISK) {
+            floor.disk(&mut report.floor)?;
+        }
+        if wanted.ours(Ours::SUSPEND) {
+            ours.suspend(&mut report.ours)?;
+        }
+        if wanted.floor(Floor::FORK) {
+            floor.fork(&mut report.floor)?;
+        }
+        ours.discard()?;
+        if wanted.floor(Floor::CROWD) {
+            floor.crowd(&mut report.floor)?;
+        }
+        go_on()
+    }
+}
+
+/// The state directory that `vmkit` would use.
+fn state_dir(given: Option<PathBuf>) -> Result<PathBuf> {
+    if let Some(dir) = given.filter(|dir| !dir.as_os_str().is_empty()) {
+        let absolute = std::path::absolute(&dir);
+        return Ok(absolute.map_err(|error| VmkitError::io(format!("{} cannot be read", dir.display()), error))?);
+    }
+    // The XDG rules: only an absolute path counts.
+    let from = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = from("XDG_STATE_HOME").or_else(|| from("HOME").map(|home| home.join(".local/state")));
+    match state {
+        Some(state) => Ok(state.join("vmkit")),
+        None => Err(VmkitError::new(ErrorKind::InvalidArgument, "neither XDG_STATE_HOME nor HOME is set")
+            .hint("say where images are to be kept: --state-dir DIR, or VMKIT_STATE_DIR")
+            .into()),
+    }
+}
