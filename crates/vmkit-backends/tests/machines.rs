@@ -211,6 +211,31 @@ fn a_recycled_pid_is_never_signalled() {
 }
 
 #[test]
+fn a_forced_stop_finds_a_process_that_its_starter_has_not_recorded_yet() {
+    with_rig(async |rig, host| {
+        let vm = clone(host, "unrecorded", rig.spec()).await;
+        // Another process stands still in the middle of a start: it has the lock and a QEMU, and has written nothing.
+        let lock = fs::File::create(rig.dir().join(".locks/unrecorded")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        let start = vmkit::Action::ALL.iter().position(|action| *action == vmkit::Action::Start).unwrap();
+        lock.set_len(start as u64).unwrap();
+        let program = rig.dir().join("qemu-system-stand-in");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let mut qemu =
+            std::process::Command::new(&program).arg("600").current_dir(rig.machine(vm.id())).spawn().unwrap();
+        let elsewhere = rig.host();
+        let found = elsewhere.adopt(vm.id()).await.unwrap();
+        assert_eq!(found.state(), State::Starting);
+        found.kill().await.stop.unwrap();
+        let left = qemu.try_wait().unwrap();
+        qemu.kill().unwrap();
+        qemu.wait().unwrap();
+        assert!(left.is_some(), "it was said to be off, and its process runs");
+        drop(lock);
+    });
+}
+
+#[test]
 fn damaged_machines_are_shown_and_can_be_deleted() {
     with_rig(async |rig, host| {
         for (name, damage) in [("record", "vm.json"), ("disk", "disk.qcow2")] {

@@ -429,6 +429,10 @@ impl Driver for QemuDriver {
         // Also one that another process has started meanwhile.
         self.refresh();
         self.end_process().await?;
+        if self.lock.is_none() {
+            // Past a holder of the lock, who may stand still between starting a process and recording it.
+            recover::kill_all(&self.dir).await?;
+        }
         self.sweep_memory();
         Ok(())
     }
