@@ -4,7 +4,6 @@ mod common;
 
 use std::io::{Read, Write};
 use std::process::Stdio;
-use std::time::Duration;
 
 use common::{State, eventually, signalled, text};
 
