@@ -236,6 +236,30 @@ fn a_forced_stop_finds_a_process_that_its_starter_has_not_recorded_yet() {
 }
 
 #[test]
+fn what_the_last_process_left_listening_is_not_taken_for_the_next_one() {
+    with_rig(async |rig, host| {
+        let vm = clone(host, "stale", rig.spec()).await;
+        let dir = rig.machine(vm.id());
+        // A QEMU that was killed and is not gone yet: it is connected to, and resets the connection, or never answers.
+        for resumed in [false, true] {
+            let stale: Vec<_> = ["agent.0.sock", "qmp.sock"]
+                .iter()
+                .map(|name| {
+                    let _ = fs::remove_file(dir.join(name));
+                    std::os::unix::net::UnixListener::bind(dir.join(name)).unwrap()
+                })
+                .collect();
+            vm.start(ConsoleSinks::discard()).await.unwrap();
+            assert_eq!(says(&vm, "echo up").await, "up");
+            drop(stale);
+            if !resumed {
+                vm.suspend().await.unwrap();
+            }
+        }
+    });
+}
+
+#[test]
 fn damaged_machines_are_shown_and_can_be_deleted() {
     with_rig(async |rig, host| {
         for (name, damage) in [("record", "vm.json"), ("disk", "disk.qcow2")] {
