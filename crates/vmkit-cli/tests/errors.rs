@@ -31,6 +31,10 @@ fn arguments_that_make_no_sense() {
         assert_eq!(error["code"], "invalid-argument", "{args:?}");
         assert_eq!(state.vmkit(args).status.code(), Some(2), "{args:?}");
     }
+    for args in [&["clone", "a/b"][..], &["start", "a/b"], &["exec", "a/b", "--", "true"], &["cleanup", "a/b"]] {
+        let error = text(&state.vmkit(args).stderr);
+        assert!(error.contains("begin with a letter or a digit"), "the rule is not said: {error}");
+    }
     assert!(fs::read_dir(state.path()).unwrap().next().is_none(), "arguments were refused, and something was made");
 }
 
