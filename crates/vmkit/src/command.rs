@@ -1,6 +1,8 @@
 //! Executing commands in a guest, shaped like `tokio::process::Command`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
@@ -25,6 +27,7 @@ pub struct Command {
     instance: Instance,
     spec: CommandSpec,
     timeout: Option<Duration>,
+    mark: Option<Arc<AtomicBool>>,
 }
 
 /// What a command printed, and how it ended.
@@ -40,7 +43,13 @@ pub struct Output {
 
 impl Command {
     pub(crate) fn new(instance: Instance, program: String) -> Command {
-        Command { instance, spec: CommandSpec { program, ..CommandSpec::default() }, timeout: None }
+        Command { instance, spec: CommandSpec { program, ..CommandSpec::default() }, timeout: None, mark: None }
+    }
+
+    /// Sets a flag when it ends without success.
+    pub(crate) fn marks(mut self, mark: Arc<AtomicBool>) -> Command {
+        self.mark = Some(mark);
+        self
     }
 
     /// Adds an argument.
@@ -132,7 +141,18 @@ impl Command {
         };
         let GuestProcess { pid, stdin, stdout, stderr, control } =
             started.map_err(|error| error.on(self.instance.id().as_str()))?;
-        Ok(Child { stdin, stdout, stderr, pid, control, gone, instance: self.instance, deadline, exit: None })
+        Ok(Child {
+            stdin,
+            stdout,
+            stderr,
+            pid,
+            control,
+            gone,
+            instance: self.instance,
+            deadline,
+            exit: None,
+            mark: self.mark,
+        })
     }
 
     /// Runs it to its end and returns how it ended.
@@ -209,6 +229,7 @@ pub struct Child {
     instance: Instance,
     deadline: Option<(Instant, Duration)>,
     exit: Option<ExitStatus>,
+    mark: Option<Arc<AtomicBool>>,
 }
 
 impl Child {
@@ -244,6 +265,9 @@ impl Child {
         match ended {
             Ok(status) => {
                 self.exit = Some(status);
+                if let Some(mark) = self.mark.as_ref().filter(|_| !status.success()) {
+                    mark.store(true, Ordering::Relaxed);
+                }
                 Ok(status)
             }
             // The connection breaks a moment before the machine is known to be gone: say the cause, not the symptom.

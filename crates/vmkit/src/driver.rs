@@ -84,6 +84,9 @@ pub trait Provider: Send + Sync + 'static {
     /// Its driver.
     type Driver: Driver;
 
+    /// Holds a pool's name for as long as it lives.
+    type Claim: Send + Sync + 'static;
+
     /// What every machine of it can do.
     fn capabilities(&self) -> Capabilities;
 
@@ -95,6 +98,13 @@ pub trait Provider: Send + Sync + 'static {
 
     /// A driver for a machine that is there already; [`ErrorKind::NotFound`] when it is not.
     fn adopt(&self, id: &Id) -> impl Future<Output = Result<Adopted<Self::Driver>>> + Send;
+
+    /// Takes the name of a pool, exclusively among all processes that see the same machines, until the claim is dropped or
+    /// its process ends, however it ends. No child process may inherit it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`], which says who has it, when it is taken; it does not wait.
+    fn claim(&self, name: &Id) -> impl Future<Output = Result<Self::Claim>> + Send;
 }
 
 /// A machine that was found.

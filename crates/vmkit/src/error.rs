@@ -45,6 +45,10 @@ pub enum ErrorKind {
     MissingDependency,
     /// No space, memory or other resource left.
     ResourceExhausted,
+    /// A queue has no place left; nobody was put into it.
+    Exhausted,
+    /// The pool is closed, or closing.
+    Closed,
     /// The operating system refused access.
     PermissionDenied,
     /// Reading or writing failed.
@@ -73,6 +77,8 @@ impl ErrorKind {
             ErrorKind::Corrupt => "corrupt",
             ErrorKind::MissingDependency => "missing-dependency",
             ErrorKind::ResourceExhausted => "resource-exhausted",
+            ErrorKind::Exhausted => "exhausted",
+            ErrorKind::Closed => "closed",
             ErrorKind::PermissionDenied => "permission-denied",
             ErrorKind::Io => "io",
         }
@@ -89,6 +95,7 @@ impl ErrorKind {
                 | ErrorKind::Backend
                 | ErrorKind::Busy
                 | ErrorKind::ResourceExhausted
+                | ErrorKind::Exhausted
         )
     }
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{Binding, Guest};
 use crate::machine::{Kill, Machine, Registrar, Request};
 use crate::properties::{CloneInfo, Properties};
-use crate::publish::{Publisher, Status, Subscription};
+use crate::publish::{Hook, Publisher, Status, Subscription};
 use crate::spec::{Id, Source, Spec};
 use crate::state::{Action, State};
 
@@ -218,6 +218,11 @@ impl Instance {
             bound = guest.bind(binding) => bound.map_err(|e| e.on(self.0.id.as_str())),
             () = gone.wait() => Err(self.not_running()),
         }
+    }
+
+    /// Has every later change told to `hook`, and returns the status now.
+    pub(crate) fn hook(&self, hook: Hook) -> Status {
+        self.0.status.hook(hook)
     }
 
     pub(crate) fn downgrade(&self) -> WeakInstance {

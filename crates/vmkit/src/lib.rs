@@ -25,6 +25,7 @@ mod guest;
 mod host;
 mod instance;
 mod machine;
+pub mod pool;
 mod properties;
 mod publish;
 mod render;

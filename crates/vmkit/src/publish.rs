@@ -65,17 +65,26 @@ impl Subscription {
 #[derive(Clone, Debug)]
 pub(crate) struct Publisher(Arc<Mutex<Inner>>);
 
-#[derive(Debug)]
 struct Inner {
     now: Status,
     subscribers: Vec<mpsc::UnboundedSender<Status>>,
+    hooks: Vec<Hook>,
     closed: bool,
+}
+
+/// Told of every change, under the publisher's lock: it must not wait. False when it is not wanted any more.
+pub(crate) type Hook = Box<dyn Fn(Status) -> bool + Send>;
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Publisher").field("now", &self.now).finish_non_exhaustive()
+    }
 }
 
 impl Publisher {
     pub(crate) fn new(state: State) -> Publisher {
         let now = Status { state, generation: 0, cause: Cause::Known };
-        Publisher(Arc::new(Mutex::new(Inner { now, subscribers: Vec::new(), closed: false })))
+        Publisher(Arc::new(Mutex::new(Inner { now, subscribers: Vec::new(), hooks: Vec::new(), closed: false })))
     }
 
     pub(crate) fn now(&self) -> Status {
@@ -87,6 +96,14 @@ impl Publisher {
         inner.now = Status { state, generation: inner.now.generation + 1, cause };
         let now = inner.now;
         inner.subscribers.retain(|subscriber| subscriber.send(now).is_ok());
+        inner.hooks.retain(|hook| hook(now));
+    }
+
+    /// Has every later change told to `hook`, and returns the status now. One channel may so serve many machines.
+    pub(crate) fn hook(&self, hook: Hook) -> Status {
+        let mut inner = self.lock();
+        inner.hooks.push(hook);
+        inner.now
     }
 
     /// The snapshot and the subscription are one: nothing fits between them.
@@ -104,6 +121,7 @@ impl Publisher {
         let mut inner = self.lock();
         inner.closed = true;
         inner.subscribers.clear();
+        inner.hooks.clear();
     }
 
     // The lock is held for a few moves and never across an await; a panic cannot leave it half done.

@@ -11,6 +11,7 @@
 //! DIR/.staging/NAME    being cloned
 //! DIR/.trash/NAME      being deleted
 //! DIR/.locks/NAME      who operates on it
+//! DIR/.pools/NAME      which process has the pool of that name
 //! ```
 
 use std::fs::{self, File};
@@ -60,6 +61,10 @@ impl Layout {
 
     pub fn lock(&self, id: &Id) -> PathBuf {
         self.dir.join(".locks").join(id.as_str())
+    }
+
+    pub fn pool(&self, name: &Id) -> PathBuf {
+        self.dir.join(".pools").join(name.as_str())
     }
 
     /// Every machine that is there; what was not made by us is none.

@@ -14,6 +14,7 @@
 
 mod arch;
 mod args;
+mod claim;
 mod console;
 mod driver;
 #[cfg(feature = "fuzzing")]
@@ -36,6 +37,7 @@ use vmkit::{
     Action, Adopted, Capabilities, Error, ErrorKind, Fact, Found, Id, Provider, Result, Source, Spec, State, found,
 };
 
+pub use claim::PoolClaim;
 pub use driver::QemuDriver;
 pub use host::HostFacts;
 
@@ -108,7 +110,7 @@ impl Qemu {
             .dir
             .canonicalize()
             .map_err(|error| Error::io(format!("{} cannot be read", config.dir.display()), error))?;
-        for part in [".staging", ".trash", ".locks"] {
+        for part in [".staging", ".trash", ".locks", ".pools"] {
             layout::make_dir(&dir.join(part))?;
         }
         rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK)
@@ -201,6 +203,7 @@ fn under_way(action: Action) -> State {
 
 impl Provider for Qemu {
     type Driver = QemuDriver;
+    type Claim = PoolClaim;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities { suspend: true, exec: true, adopt: true, network: false }
@@ -250,6 +253,10 @@ impl Provider for Qemu {
         let mut driver = self.driver(id, spec.clone());
         driver.refresh();
         Ok(Adopted { driver, spec, state })
+    }
+
+    async fn claim(&self, name: &Id) -> Result<PoolClaim> {
+        PoolClaim::take(&self.layout.pool(name), name)
     }
 }
 

@@ -7,7 +7,7 @@ use super::fault::{Broken, Fault, Verb};
 use super::guest::{Memory, SimGuest};
 use super::hardware::{Disk, Hardware, Phase, killed};
 use super::probe::SimProbe;
-use super::world::{Call, World};
+use super::world::World;
 use crate::console::ConsoleSinks;
 use crate::driver::{Driver, Exit, Probe};
 use crate::error::{Error, ErrorKind, Result};
@@ -39,7 +39,7 @@ impl SimDriver {
         // No call is instantaneous: others get between any two.
         self.world.pause(Duration::ZERO).await;
         let (fault, possible) = self.world.change(|hw| {
-            hw.calls.push(Call { verb, id: self.id.clone() });
+            hw.log(verb, &self.id);
             let possible = hw.judge(&self.id, verb, self.token);
             let unit = hw.unit(&self.id);
             // A kill that passes another's operation does not shut that one out.
@@ -86,7 +86,7 @@ impl SimDriver {
             // A process that ends while it boots fails the boot at once, not at the deadline.
             Some(pid) if matches!(verb, Verb::Boot | Verb::Resume) => tokio::select! {
                 biased;
-                () = self.world.until(|hw| hw.process(&self.id, pid).is_err().then_some(())) => {
+                () = self.world.until(&self.id, |hw| hw.process(&self.id, pid).is_err().then_some(())) => {
                     return self.world.change(|hw| hw.process(&self.id, pid).map(drop));
                 }
                 () = working => {}
@@ -167,7 +167,7 @@ impl Driver for SimDriver {
         let fault = self.ask(Verb::Begin).await?;
         let (id, token) = (self.id.clone(), self.token);
         self.world
-            .until(|hw| {
+            .until(&id, |hw| {
                 let shared = hw.is(Broken::NoLock);
                 let unit = hw.unit(&id);
                 if !shared && unit.holder.is_some_and(|(holder, _)| holder != token) {
@@ -352,7 +352,7 @@ impl Driver for SimDriver {
             Fault::Ok | Fault::Err | Fault::ErrButDone | Fault::Lie | Fault::DieLater(_) => {}
         }
         self.world
-            .until(|hw| {
+            .until(&self.id, |hw| {
                 let blind = hw.is(Broken::NeverNoticesDeath);
                 let unit = hw.unit(&self.id);
                 (unit.process.is_none() && !blind).then(|| unit.exit.clone())
@@ -385,6 +385,7 @@ impl Drop for SimDriver {
                 unit.holder = None;
                 unit.abandoned = true;
             }
+            hw.forget(&self.id);
         });
     }
 }

@@ -31,6 +31,8 @@ pub enum Verb {
     Open,
     /// [`Provider::adopt`](crate::Provider::adopt)
     Adopt,
+    /// [`Provider::claim`](crate::Provider::claim); its id is the pool's name
+    Claim,
     /// [`GuestOps::spawn`](crate::GuestOps::spawn)
     Spawn,
     /// [`GuestOps::ping`](crate::GuestOps::ping)
@@ -61,6 +63,7 @@ impl Verb {
             | Verb::Exited
             | Verb::Open
             | Verb::Adopt
+            | Verb::Claim
             | Verb::Spawn
             | Verb::Ping
             | Verb::Bind => true,
@@ -167,6 +170,7 @@ impl Latency {
             | Verb::Exited
             | Verb::Open
             | Verb::Adopt
+            | Verb::Claim
             | Verb::Spawn
             | Verb::Ping
             | Verb::Bind => Duration::ZERO,

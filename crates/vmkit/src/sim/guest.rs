@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::fault::{Broken, Fault, Verb};
 use super::hardware::Phase;
 use super::programs::{self, Context};
-use super::world::{Call, World};
+use super::world::World;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{
     Binding, CommandSpec, ExitStatus, GuestOps, GuestProcess, GuestReader, GuestWriter, ProcessControl,
@@ -179,7 +179,7 @@ pub(super) struct SimGuest {
 impl SimGuest {
     async fn ask(&self, verb: Verb) -> Result<(Arc<Memory>, BTreeSet<Broken>)> {
         let fault = self.world.change(|hw| {
-            hw.calls.push(Call { verb, id: self.id.clone() });
+            hw.log(verb, &self.id);
             hw.pick(&self.id, verb)
         });
         let delay = match fault {
@@ -197,7 +197,7 @@ impl SimGuest {
         self.world.pause(delay).await;
         // A machine that stands still does not answer, until it goes on or is gone.
         self.world
-            .until(|hw| match hw.process(&self.id, self.pid) {
+            .until(&self.id, |hw| match hw.process(&self.id, self.pid) {
                 Ok(process) if process.phase == Phase::Paused => None,
                 Ok(process) => Some(Ok(process.memory.clone())),
                 Err(_) => Some(Err(gone())),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::fault::{Broken, Fault, Latency, Odds, Verb};
@@ -43,7 +44,7 @@ pub(super) struct Process {
     pub ends: Option<(Instant, Exit)>,
 }
 
-/// One machine's hardware. Stays in the table when nothing of it is left: its lock has to be somewhere.
+/// One machine's hardware. In the table for as long as anything of it is left, its lock and who waits for it included.
 #[derive(Default)]
 pub(super) struct Unit {
     pub spec: Option<Spec>,
@@ -65,6 +66,18 @@ pub(super) struct Unit {
     pub abandoned: bool,
     pub busy: Option<Verb>,
     pub exit: Exit,
+    /// Rises with every change, for whoever waits for one.
+    pub changed: watch::Sender<u64>,
+}
+
+impl Unit {
+    /// Whether it is as if it had never been, so that its place in the table can go.
+    fn is_nothing(&self) -> bool {
+        let there = self.disk != Disk::None || self.process.is_some() || self.saved.is_some() || self.ghost.is_some();
+        let marked = self.foreign || self.denied || self.destroying || self.abandoned || self.strays > 0;
+        let used = self.holder.is_some() || self.busy.is_some() || self.changed.receiver_count() > 0;
+        !there && !marked && !used && self.files.is_empty()
+    }
 }
 
 pub(super) struct Planned {
@@ -86,6 +99,14 @@ pub(super) struct Hardware {
     pub violations: Vec<String>,
     pub strict: bool,
     pub healed: u64,
+    /// Whether calls are written down.
+    pub logs: bool,
+    /// The names of pools that processes have.
+    pub claims: BTreeMap<Id, u64>,
+    /// When processes will end by themselves: found without looking at every machine.
+    ends: BTreeSet<(Instant, Id)>,
+    /// Machines that somebody waits for, and that may have changed since they were last woken.
+    touched: Vec<Id>,
     last_number: u64,
 }
 
@@ -104,6 +125,10 @@ impl Hardware {
             violations: Vec::new(),
             strict: false,
             healed: 0,
+            logs: true,
+            claims: BTreeMap::new(),
+            ends: BTreeSet::new(),
+            touched: Vec::new(),
             last_number: 1000,
         }
     }
@@ -114,8 +139,50 @@ impl Hardware {
         self.last_number
     }
 
+    /// A machine, to be changed: whoever waits for it is woken afterwards.
     pub(super) fn unit(&mut self, id: &Id) -> &mut Unit {
-        self.units.entry(id.clone()).or_default()
+        // Not `entry`, which would copy the name each time.
+        if !self.units.contains_key(id) {
+            self.units.insert(id.clone(), Unit::default());
+        }
+        let unit = self.units.get_mut(id).expect("it was inserted");
+        if unit.changed.receiver_count() > 0 && self.touched.last() != Some(id) {
+            self.touched.push(id.clone());
+        }
+        unit
+    }
+
+    /// Wakes whoever waits for a machine that was touched since `mark`.
+    pub(super) fn wake(&mut self, mark: usize) {
+        for id in self.touched.drain(mark..) {
+            if let Some(unit) = self.units.get(&id) {
+                unit.changed.send_modify(|version| *version += 1);
+            }
+        }
+    }
+
+    /// How much of what was touched belongs to others.
+    pub(super) fn mark(&self) -> usize {
+        self.touched.len()
+    }
+
+    /// Forgets what was touched since `mark`: it was looked at, not changed.
+    pub(super) fn unmark(&mut self, mark: usize) {
+        self.touched.truncate(mark);
+    }
+
+    /// Drops a machine from the table if nothing of it is left.
+    pub(super) fn forget(&mut self, id: &Id) {
+        if self.units.get(id).is_some_and(Unit::is_nothing) {
+            self.units.remove(id);
+        }
+    }
+
+    /// Writes a call down.
+    pub(super) fn log(&mut self, verb: Verb, id: &Id) {
+        if self.logs {
+            self.calls.push(Call { verb, id: id.clone() });
+        }
     }
 
     pub(super) fn is(&self, broken: Broken) -> bool {
@@ -129,11 +196,14 @@ impl Hardware {
 
     /// Ends processes whose time has come. Lazily, at every look: no task of the simulator's own has to live for it.
     pub(super) fn tick(&mut self) {
-        let now = Instant::now();
-        let due = |unit: &Unit| matches!(&unit.process, Some(Process { ends: Some((at, _)), .. }) if *at <= now);
-        let ids: Vec<Id> = self.units.iter().filter(|(_, unit)| due(unit)).map(|(id, _)| id.clone()).collect();
-        for id in ids {
-            if let Some((_, exit)) = self.unit(&id).process.as_ref().and_then(|process| process.ends.clone()) {
+        while let Some((at, id)) = self.ends.first().cloned() {
+            if at > Instant::now() {
+                return;
+            }
+            self.ends.pop_first();
+            let ends = self.unit(&id).process.as_ref().and_then(|process| process.ends.clone());
+            // Another time may have been set since.
+            if let Some((_, exit)) = ends.filter(|(due, _)| *due == at) {
                 self.end_process(&id, exit);
             }
         }
@@ -265,8 +335,10 @@ impl Hardware {
     }
 
     pub(super) fn end_after(&mut self, id: &Id, delay: Duration, exit: Exit) {
+        let at = Instant::now() + delay;
         if let Some(process) = &mut self.unit(id).process {
-            process.ends = Some((Instant::now() + delay, exit));
+            process.ends = Some((at, exit));
+            self.ends.insert((at, id.clone()));
         }
     }
 

@@ -70,5 +70,5 @@ mod world;
 
 pub use driver::SimDriver;
 pub use fault::{Broken, Fault, Latency, Odds, Verb};
-pub use provider::SimProvider;
+pub use provider::{SimClaim, SimProvider};
 pub use world::{Call, Parked, World};

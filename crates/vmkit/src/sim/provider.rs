@@ -4,7 +4,7 @@ use super::driver::SimDriver;
 use super::fault::{Broken, Fault, Verb};
 use super::hardware::{Disk, Hardware};
 use super::probe::SimProbe;
-use super::world::{Call, World};
+use super::world::World;
 use crate::driver::{Adopted, Capabilities, Found, Probe, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::properties::Properties;
@@ -38,7 +38,7 @@ impl SimProvider {
 
     async fn ask(&self, id: &Id, verb: Verb) -> Result<()> {
         let fault = self.world.change(|hw| {
-            hw.calls.push(Call { verb, id: id.clone() });
+            hw.log(verb, id);
             hw.pick(id, verb)
         });
         match fault {
@@ -59,6 +59,7 @@ impl SimProvider {
 
 impl Provider for SimProvider {
     type Driver = SimDriver;
+    type Claim = SimClaim;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities { suspend: self.suspend, exec: true, adopt: true, network: true }
@@ -95,6 +96,40 @@ impl Provider for SimProvider {
         };
         let spec = spec.unwrap_or_else(|| Spec::new(Source::Alias("unknown".to_owned())));
         Ok(Adopted { driver: SimDriver::new(self.world.clone(), id.clone(), spec.clone(), self.suspend), spec, state })
+    }
+
+    async fn claim(&self, name: &Id) -> Result<SimClaim> {
+        self.ask(name, Verb::Claim).await?;
+        let taken = self.world.change(|hw| {
+            if let Some(holder) = hw.claims.get(name) {
+                return Err(*holder);
+            }
+            let token = hw.number();
+            hw.claims.insert(name.clone(), token);
+            Ok(token)
+        });
+        taken.map(|token| SimClaim { world: self.world.clone(), name: name.clone(), token }).map_err(|holder| {
+            let message = format!("the pool {name} is in use, by the simulated process {holder}");
+            Error::new(ErrorKind::Busy, message).hint("close that pool first, or choose another name")
+        })
+    }
+}
+
+/// A pool's name, held; free again when it is dropped, by whatever ended its process.
+#[derive(Debug)]
+pub struct SimClaim {
+    world: World,
+    name: Id,
+    token: u64,
+}
+
+impl Drop for SimClaim {
+    fn drop(&mut self) {
+        self.world.change(|hw| {
+            if hw.claims.get(&self.name) == Some(&self.token) {
+                hw.claims.remove(&self.name);
+            }
+        });
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::fault::{Broken, Fault, Latency, Odds, Verb};
 use super::guest::Memory;
-use super::hardware::{Disk, Hardware, Phase, Planned, Process};
+use super::hardware::{Disk, Hardware, Phase, Planned, Process, Unit};
 use crate::console::ConsoleSinks;
 use crate::driver::Exit;
 use crate::spec::Id;
@@ -18,7 +18,9 @@ pub struct World(Arc<Shared>);
 
 struct Shared {
     hardware: Mutex<Hardware>,
-    changed: watch::Sender<u64>,
+    /// Rises when gates open or close, or faults end. What changes of a machine is told by its own: with one channel for
+    /// everything, each change would wake every machine's task.
+    gates: watch::Sender<u64>,
 }
 
 /// A call that the hardware received.
@@ -47,7 +49,7 @@ impl World {
 
     /// An empty world whose [random faults](World::random_faults) follow from `seed`.
     pub fn seeded(seed: u64) -> World {
-        World(Arc::new(Shared { hardware: Mutex::new(Hardware::new(seed)), changed: watch::Sender::new(0) }))
+        World(Arc::new(Shared { hardware: Mutex::new(Hardware::new(seed)), gates: watch::Sender::new(0) }))
     }
 
     /// Breaks one promise of every backend on it.
@@ -79,7 +81,7 @@ impl World {
 
     /// Ends all faults, those that wait for their call and those that hang included.
     pub fn heal(&self) {
-        self.change(|hw| {
+        self.turn(|hw| {
             hw.planned.clear();
             hw.odds = Odds::default();
             hw.healed += 1;
@@ -93,7 +95,7 @@ impl World {
 
     /// Parks calls of these verbs only.
     pub fn step_at(&self, verbs: &[Verb]) {
-        self.change(|hw| {
+        self.turn(|hw| {
             hw.steps = verbs.iter().copied().collect();
             let steps = hw.steps.clone();
             hw.parked.retain(|(_, parked)| steps.contains(&parked.verb));
@@ -107,13 +109,15 @@ impl World {
 
     /// Waits until a call of `verb` on `id` is parked.
     pub async fn wait_parked(&self, id: &Id, verb: Verb) {
-        self.until(|hw| hw.parked.iter().any(|(_, parked)| parked.verb == verb && parked.id == *id).then_some(()))
-            .await;
+        self.until_turned(|hw| {
+            hw.parked.iter().any(|(_, parked)| parked.verb == verb && parked.id == *id).then_some(())
+        })
+        .await;
     }
 
     /// Lets the call go on that is parked on `id`; whether there was one.
     pub fn release(&self, id: &Id) -> bool {
-        self.change(|hw| {
+        self.turn(|hw| {
             let at = hw.parked.iter().position(|(_, parked)| parked.id == *id);
             at.map(|at| hw.parked.remove(at)).is_some()
         })
@@ -194,6 +198,11 @@ impl World {
         })
     }
 
+    /// Sets whether calls are written down, for worlds that live long: true at first.
+    pub fn log_calls(&self, on: bool) {
+        self.change(|hw| hw.logs = on);
+    }
+
     /// Every call so far.
     pub fn calls(&self) -> Vec<Call> {
         self.look(|hw| hw.calls.clone())
@@ -220,6 +229,7 @@ impl World {
     fn lock(&self) -> MutexGuard<'_, Hardware> {
         let mut hw = self.0.hardware.lock().unwrap_or_else(PoisonError::into_inner);
         hw.tick();
+        hw.wake(0);
         hw
     }
 
@@ -227,34 +237,54 @@ impl World {
         look(&self.lock())
     }
 
-    /// Changes the hardware and wakes whoever waits for it to change.
+    /// Changes the hardware and wakes whoever waits for what was changed.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Hardware) -> T) -> T {
         let (result, wrong) = {
             let mut hw = self.lock();
             let before = hw.violations.len();
             let result = change(&mut hw);
+            hw.wake(0);
             let wrong = if hw.strict { hw.violations.get(before).cloned() } else { None };
             (result, wrong)
         };
-        self.0.changed.send_modify(|version| *version += 1);
         match wrong {
             Some(wrong) => panic!("{wrong}"),
             None => result,
         }
     }
 
-    /// Waits until `ready` finds what it looks for. Cancel-safe.
-    pub(super) async fn until<T>(&self, mut ready: impl FnMut(&mut Hardware) -> Option<T>) -> T {
-        let mut changed = self.0.changed.subscribe();
+    /// Changes gates or faults, and wakes whoever waits for those.
+    fn turn<T>(&self, change: impl FnOnce(&mut Hardware) -> T) -> T {
+        let result = self.change(change);
+        self.0.gates.send_modify(|version| *version += 1);
+        result
+    }
+
+    /// Waits until `ready` finds what it looks for in a machine. Cancel-safe.
+    pub(super) async fn until<T>(&self, id: &Id, mut ready: impl FnMut(&mut Hardware) -> Option<T>) -> T {
+        let mut changed = {
+            let mut hw = self.lock();
+            let mark = hw.mark();
+            let changed = hw.unit(id).changed.subscribe();
+            hw.unmark(mark);
+            changed
+        };
         loop {
             let next = {
                 let mut hw = self.lock();
-                if let Some(found) = ready(&mut hw) {
-                    return found;
+                let mark = hw.mark();
+                match ready(&mut hw) {
+                    Some(found) => {
+                        // What was found may have been taken.
+                        hw.wake(mark);
+                        return found;
+                    }
+                    None => hw.unmark(mark),
                 }
+                changed.borrow_and_update();
                 // Processes end at their time only when somebody looks: be there then.
                 let ends = |process: &Process| process.ends.as_ref().map(|(at, _)| *at);
-                hw.units.values().filter_map(|unit| unit.process.as_ref().and_then(ends)).min()
+                hw.units.get(id).and_then(|unit: &Unit| unit.process.as_ref().and_then(ends))
             };
             let due = async {
                 match next {
@@ -269,23 +299,37 @@ impl World {
         }
     }
 
+    /// Waits until `ready` finds what it looks for among gates and faults. Cancel-safe.
+    async fn until_turned<T>(&self, mut ready: impl FnMut(&mut Hardware) -> Option<T>) -> T {
+        let mut turned = self.0.gates.subscribe();
+        loop {
+            if let Some(found) = ready(&mut self.lock()) {
+                return found;
+            }
+            // The sender lives as long as this world does.
+            let _ = turned.changed().await;
+        }
+    }
+
     /// Waits at the gate of a call, if there is one.
     pub(super) async fn gate(&self, id: &Id, verb: Verb) {
-        let ticket = self.change(|hw| {
+        if !self.look(|hw| hw.steps.contains(&verb)) {
+            return;
+        }
+        let ticket = self.turn(|hw| {
             let ticket = hw.number();
-            let stops = hw.steps.contains(&verb);
-            stops.then(|| hw.parked.push((ticket, Parked { verb, id: id.clone() }))).map(|()| ticket)
+            hw.parked.push((ticket, Parked { verb, id: id.clone() }));
+            ticket
         });
-        let Some(ticket) = ticket else { return };
         let gate = Gate { world: self, ticket };
-        self.until(|hw| hw.parked.iter().all(|(parked, _)| *parked != ticket).then_some(())).await;
+        self.until_turned(|hw| hw.parked.iter().all(|(parked, _)| *parked != ticket).then_some(())).await;
         drop(gate);
     }
 
     /// Never returns, until the faults end.
     pub(super) async fn hang(&self) {
         let healed = self.look(|hw| hw.healed);
-        self.until(|hw| (hw.healed != healed).then_some(())).await;
+        self.until_turned(|hw| (hw.healed != healed).then_some(())).await;
     }
 
     /// Lets that time pass, and everybody else run at least once.
@@ -317,6 +361,6 @@ struct Gate<'a> {
 
 impl Drop for Gate<'_> {
     fn drop(&mut self) {
-        self.world.change(|hw| hw.parked.retain(|(ticket, _)| *ticket != self.ticket));
+        self.world.turn(|hw| hw.parked.retain(|(ticket, _)| *ticket != self.ticket));
     }
 }

@@ -1,6 +1,7 @@
 //! A conformance rig over simulated hardware.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod pool;
 pub mod table;
 
 use std::time::Duration;

@@ -1,0 +1,203 @@
+//! What is done with machines: each on a task of its own, that ends with exactly one message to the supervisor.
+
+use std::any::Any;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+use tracing::{Instrument, debug_span};
+
+use super::message::{Made, Prepared};
+use super::plan::Tier;
+use crate::cleanup::cleanup;
+use crate::console::ConsoleSinks;
+use crate::driver::{Found, Provider};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::Host;
+use crate::instance::Instance;
+use crate::spec::{Id, Spec};
+
+/// The label that says which pool a machine belongs to.
+pub(super) const LABEL: &str = "vmkit.pool";
+
+/// A host without its provider's type, so that pools and leases have none either.
+pub(super) trait Backend: Send + Sync + 'static {
+    fn suspendable(&self) -> bool;
+    fn claim<'a>(&'a self, name: &'a Id) -> BoxFuture<'a, Result<Box<dyn Any + Send + Sync>>>;
+    fn list(&self) -> BoxFuture<'_, Result<Vec<Found>>>;
+    fn create(&self, id: Id, spec: Spec) -> BoxFuture<'_, Result<Instance>>;
+    fn adopt<'a>(&'a self, id: &'a Id) -> BoxFuture<'a, Result<Instance>>;
+}
+
+impl<P: Provider> Backend for Host<P> {
+    fn suspendable(&self) -> bool {
+        self.capabilities().suspend
+    }
+
+    fn claim<'a>(&'a self, name: &'a Id) -> BoxFuture<'a, Result<Box<dyn Any + Send + Sync>>> {
+        async move { Ok(Box::new(self.provider().claim(name).await?) as Box<dyn Any + Send + Sync>) }.boxed()
+    }
+
+    fn list(&self) -> BoxFuture<'_, Result<Vec<Found>>> {
+        Host::list(self).boxed()
+    }
+
+    fn create(&self, id: Id, spec: Spec) -> BoxFuture<'_, Result<Instance>> {
+        Host::create(self, id, spec).boxed()
+    }
+
+    fn adopt<'a>(&'a self, id: &'a Id) -> BoxFuture<'a, Result<Instance>> {
+        Host::adopt(self, id).boxed()
+    }
+}
+
+/// Takes the pool's name, and looks at what is there.
+pub(super) async fn prepare(backend: Arc<dyn Backend>, name: Id) -> Result<Prepared> {
+    let work = async {
+        let claim = backend.claim(&name).await?;
+        // Only now: while somebody else has the name, what is there may be in use.
+        let found = backend.list().await?;
+        Ok(Prepared { claim, found })
+    };
+    guarded(work).await
+}
+
+/// How one machine is to be made.
+pub(super) struct Order {
+    pub id: Id,
+    pub spec: Spec,
+    pub tier: Tier,
+    pub console: ConsoleSinks,
+    pub limit: Duration,
+}
+
+/// One attempt to make a machine. Whatever it says in the end, the machine is what was left, if anything was.
+pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: oneshot::Receiver<()>) -> Made {
+    let began = Instant::now();
+    let made: OnceLock<Instance> = OnceLock::new();
+    let span = debug_span!("create", vm = order.id.as_str(), tier = order.tier.name());
+    let work = async {
+        let instance = backend.create(order.id, order.spec).await?;
+        let instance = made.get_or_init(|| instance);
+        let tier = match order.tier {
+            Tier::Suspended if !instance.suspendable() => Tier::Stopped,
+            tier => tier,
+        };
+        instance.clone_source().instrument(debug_span!("clone")).await?;
+        if tier != Tier::Stopped {
+            instance.start(order.console).instrument(debug_span!("start")).await?;
+        }
+        if tier == Tier::Suspended {
+            instance.suspend().instrument(debug_span!("suspend")).await?;
+        }
+        Ok(tier)
+    };
+    let result = bounded(work.instrument(span), order.limit, "making a machine", cancel).await;
+    // What is dropped half way is rolled back by the machine's own task, which this handle keeps.
+    Made { result, instance: made.into_inner(), took: began.elapsed() }
+}
+
+/// Starts or resumes a cold machine.
+pub(super) async fn promote(
+    instance: Instance,
+    console: ConsoleSinks,
+    limit: Duration,
+    cancel: oneshot::Receiver<()>,
+) -> Result<()> {
+    let span = debug_span!("start", vm = instance.id().as_str());
+    bounded(instance.start(console).instrument(span), limit, "starting a machine", cancel).await
+}
+
+/// Cools a running machine down.
+pub(super) async fn demote(
+    instance: Instance,
+    tier: Tier,
+    grace: Duration,
+    limit: Duration,
+    cancel: oneshot::Receiver<()>,
+) -> Result<()> {
+    let work = async {
+        match tier {
+            Tier::Suspended => instance.suspend().await,
+            Tier::Stopped => instance.stop(grace).await.stop,
+            Tier::Running => Ok(()),
+        }
+    };
+    bounded(work, limit, "cooling a machine down", cancel).await
+}
+
+/// Asks an idle machine whether it is well.
+pub(super) async fn check(instance: Instance, limit: Duration) -> Result<()> {
+    let span = debug_span!("health", vm = instance.id().as_str());
+    match timeout(limit, guarded(instance.ping()).instrument(span)).await {
+        Ok(result) => result,
+        Err(_) => Err(silent(&instance, limit)),
+    }
+}
+
+/// The error of an agent that does not answer.
+pub(super) fn silent(instance: &Instance, limit: Duration) -> Error {
+    Error::new(ErrorKind::TimedOut, format!("the agent has not answered within {limit:?}")).on(instance.id().as_str())
+}
+
+/// Deletes a machine, whatever it is in. Forced: nobody needs an orderly end of what is thrown away.
+pub(super) async fn remove(
+    backend: Arc<dyn Backend>,
+    pool: Id,
+    id: Id,
+    instance: Option<Instance>,
+    limit: Duration,
+) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    let span = debug_span!("delete", vm = id.as_str());
+    let work = async {
+        let instance = match instance {
+            Some(instance) => instance,
+            None => match backend.adopt(&id).await {
+                Ok(instance) => instance,
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(error),
+            },
+        };
+        if instance.spec().labels.get(LABEL).map(String::as_str) != Some(pool.as_str()) {
+            // Somebody else's by now: ours is gone.
+            return Ok(());
+        }
+        cleanup(&instance, Duration::ZERO, deadline.saturating_duration_since(Instant::now())).await
+    };
+    // Twice the limit: the cleanup has its own and tells more when that passes.
+    match timeout(limit * 2, guarded(work).instrument(span)).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(ErrorKind::TimedOut, format!("deleting took longer than {limit:?}")).on(id.as_str())),
+    }
+}
+
+/// Under a limit, until it is cancelled, and against panics.
+async fn bounded<T>(
+    work: impl Future<Output = Result<T>>,
+    limit: Duration,
+    doing: &str,
+    cancel: oneshot::Receiver<()>,
+) -> Result<T> {
+    tokio::select! {
+        biased;
+        _ = cancel => Err(Error::new(ErrorKind::Cancelled, format!("{doing} was cancelled"))),
+        done = timeout(limit, guarded(work)) => match done {
+            Ok(result) => result,
+            Err(_) => Err(Error::new(ErrorKind::TimedOut, format!("{doing} took longer than {limit:?}"))),
+        },
+    }
+}
+
+/// A backend that panics is one that failed.
+pub(super) async fn guarded<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(ErrorKind::Panicked, "the backend panicked")),
+    }
+}
