@@ -148,11 +148,11 @@ impl Outside {
             .tiers(tiers)
             .allowance(allowance)
             .create_concurrency(rng.random_range(1..5))
-            .create_timeout(secs(rng.random_range(4..60)))
+            .create_timeout(secs(rng.random_range(7..60)))
             .cleanup_timeout(secs(rng.random_range(5..60)))
             .health_interval(secs(rng.random_range(5..40)))
             .on_failure(if rng.random_range(0..4) == 0 { OnFailure::FailFast } else { OnFailure::Wait })
-            .event_buffer(1 << 16);
+            .event_buffer(1 << 12);
         if rng.random_range(0..2) == 0 {
             builder = builder.keep_failed(KeepFailed { quota: 1, period: secs(rng.random_range(20..100)) });
         }
@@ -407,6 +407,7 @@ fn schedules(seeds: std::ops::Range<u64>, odds: Odds) {
         (None, Some(count)) => seeds.start..seeds.start + count,
         (None, None) => seeds,
     };
+    common::pool::quiet();
     for seed in seeds {
         let ran = std::panic::catch_unwind(|| schedule(seed, odds));
         assert!(ran.is_ok(), "seed {seed}: VMKIT_SEED={seed} runs it alone");
@@ -431,6 +432,15 @@ fn schedules_with_many_faults() {
 #[test]
 fn schedules_that_once_failed() {
     for &seed in REGRESSIONS {
-        schedule(seed, if seed < 100_000 { Odds::default() } else if seed < 200_000 { Odds::each(0.004) } else { Odds::each(0.03) });
+        schedule(
+            seed,
+            if seed < 100_000 {
+                Odds::default()
+            } else if seed < 200_000 {
+                Odds::each(0.004)
+            } else {
+                Odds::each(0.03)
+            },
+        );
     }
 }

@@ -263,6 +263,8 @@ impl Supervisor {
     pub(super) fn delete(&mut self, no: SlotNo, hung: bool, now: Instant) {
         let Some(slot) = self.slots.get(no) else { return };
         let (id, instance) = (slot.id.clone(), slot.instance.clone());
+        // What could not be deleted before counts until it is gone, also while it is tried again.
+        let hung = hung || slot.failures > 0;
         self.slots.enter(no, Phase::Deleting { hung }, now);
         let (backend, pool) = (self.parts.backend.clone(), self.shared.name.clone());
         let limit = self.shared.config.cleanup_timeout;

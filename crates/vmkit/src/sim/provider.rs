@@ -41,6 +41,7 @@ impl SimProvider {
             hw.log(verb, id);
             hw.pick(id, verb)
         });
+        self.world.gate(id, verb).await;
         match fault {
             Fault::Err | Fault::ErrButDone => Err(Error::new(ErrorKind::Backend, format!("sim: {verb:?} was to fail"))),
             Fault::Hang => {
