@@ -442,3 +442,50 @@ fn schedules_that_once_failed() {
         );
     }
 }
+
+/// What a schedule did, call by call.
+fn calls(seed: u64) -> Vec<vmkit::sim::Call> {
+    let mut outside = Outside::new(seed, Odds::each(0.01));
+    outside.world.log_calls(true);
+    common::paused().block_on(async {
+        outside.world.random_faults(outside.odds);
+        let mut process = outside.process().await;
+        let mut rng = StdRng::seed_from_u64(outside.rng.random());
+        for _ in 0..STEPS {
+            process.step(&mut rng).await;
+        }
+        process.world.calls()
+    })
+}
+
+#[test]
+fn schedules_are_the_same_for_the_same_seed() {
+    common::pool::quiet();
+    for seed in 0..5 {
+        assert!(calls(seed) == calls(seed), "seed {seed} cannot be replayed");
+    }
+}
+
+/// The rules have teeth: a backend that leaves disks behind and denies it, or lets two operate at once, is caught.
+#[test]
+fn broken_backends_are_caught() {
+    for how in [vmkit::sim::Broken::Leaker, vmkit::sim::Broken::KeepsHalfClones] {
+        let caught = (0..20).any(|seed| {
+            let ran = std::panic::catch_unwind(|| {
+                let mut outside = Outside::new(seed, Odds { err: 0.05, ..Odds::default() });
+                outside.world = outside.world.clone().broken(how);
+                common::paused().block_on(async {
+                    outside.world.random_faults(outside.odds);
+                    let mut process = outside.process().await;
+                    let mut rng = StdRng::seed_from_u64(seed);
+                    for _ in 0..STEPS {
+                        process.step(&mut rng).await;
+                    }
+                    process.end().await;
+                });
+            });
+            ran.is_err()
+        });
+        assert!(caught, "{how:?} was not noticed");
+    }
+}
