@@ -84,8 +84,16 @@ impl Drop for Inner {
     }
 }
 
-/// Readers whose stream the agent has not opened yet.
-type Waiting = Arc<Mutex<HashMap<(u64, Which), oneshot::Sender<Option<Stream>>>>>;
+/// Readers of outputs that the agent has not spoken of yet.
+type Waiting = Arc<Mutex<HashMap<(u64, Which), oneshot::Sender<Arrived>>>>;
+
+/// How the agent brings an output.
+#[derive(Debug)]
+enum Arrived {
+    /// All of it, when it is little and already over.
+    Whole(Vec<u8>),
+    Stream(Stream),
+}
 
 impl Client {
     /// Begins a session on a line. Returns when the agent has answered, however long that takes: set a deadline.
@@ -315,7 +323,7 @@ impl ExecControl {
 
 impl Drop for ExecControl {
     fn drop(&mut self) {
-        // The control stream's end is what kills it. One that has ended still has to say which outputs stayed silent.
+        // The control stream's end is what kills it. One that has ended still has to say what its outputs were.
         if matches!(*self.exit.borrow(), Progress::Running) && !self.detached {
             self.reader.abort();
         }
@@ -355,7 +363,8 @@ pub struct ExecReader {
 
 #[derive(Debug)]
 enum Reading {
-    Waiting(oneshot::Receiver<Option<Stream>>),
+    Waiting(oneshot::Receiver<Arrived>),
+    Whole(io::Cursor<Vec<u8>>),
     Open(Stream),
     Ended,
 }
@@ -366,10 +375,12 @@ impl AsyncRead for ExecReader {
             match &mut self.state {
                 Reading::Waiting(stream) => {
                     self.state = match ready!(Pin::new(stream).poll(cx)) {
-                        Ok(Some(stream)) => Reading::Open(stream),
-                        Ok(None) | Err(_) => Reading::Ended,
+                        Ok(Arrived::Stream(stream)) => Reading::Open(stream),
+                        Ok(Arrived::Whole(bytes)) => Reading::Whole(io::Cursor::new(bytes)),
+                        Err(_) => Reading::Ended,
                     };
                 }
+                Reading::Whole(bytes) => return Pin::new(bytes).poll_read(cx, buf),
                 Reading::Open(stream) => {
                     let before = buf.filled().len();
                     let read = ready!(Pin::new(stream).poll_read(cx, buf));
@@ -399,7 +410,7 @@ async fn dispatch(mut inbound: mpsc::UnboundedReceiver<Stream>, waiting: Waiting
             if let Ok(Some(Header { id, which })) = protocol::read(&mut stream).await
                 && let Some(reader) = lock(&waiting).remove(&(id, which))
             {
-                let _ = reader.send(Some(stream));
+                let _ = reader.send(Arrived::Stream(stream));
             }
         });
     }
@@ -412,9 +423,9 @@ async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: wa
     while let Ok(Some(reply)) = protocol::read(&mut from).await {
         match reply {
             Reply::Exited(exit) => drop(ended.send_replace(Progress::Ended(exit))),
-            Reply::Silent(which) => {
+            Reply::Said(which, bytes) => {
                 if let Some(reader) = lock(&waiting).remove(&(id, which)) {
-                    let _ = reader.send(None);
+                    let _ = reader.send(Arrived::Whole(bytes));
                 }
             }
             Reply::Started(_) | Reply::Failed(..) | Reply::Pong(_) | Reply::Done => break,

@@ -116,8 +116,8 @@ pub enum Reply {
     Failed(Failure, String),
     /// The command ended.
     Exited(Exit),
-    /// This standard stream ended without a byte: no stream will be opened for it.
-    Silent(Which),
+    /// All that this output ever said; no stream will be opened for it.
+    Said(Which, #[serde(with = "serde_bytes")] Vec<u8>),
     /// To a ping.
     Pong(u64),
     /// Done.

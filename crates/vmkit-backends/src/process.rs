@@ -49,6 +49,25 @@ impl Identity {
         }
     }
 
+    /// Returns when nothing of it is left but its exit status. One that was killed counts as ended as soon as its first thread
+    /// has; the others may still have its files open, and its sockets. One that runs is not waited for.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor for it.
+    pub async fn let_go(&self) -> io::Result<()> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
+        let fd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => fd,
+            Err(rustix::io::Errno::SRCH) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let ending = Stat::read(self.pid)?.is_some_and(|stat| stat.ended && stat.start_time == self.start_time);
+        if ending && boot_id()? == self.boot_id {
+            let _ = watch(fd)?.readable().await?;
+        }
+        Ok(())
+    }
+
     /// A hold on this very process, if it runs.
     ///
     /// # Errors
@@ -147,10 +166,17 @@ pub(crate) fn boot_id() -> io::Result<String> {
 struct Stat {
     start_time: u64,
     cpu_ticks: u64,
+    /// Only its exit status is left, or its other threads are on their way out.
+    ended: bool,
 }
 
 impl Stat {
+    /// `None` for a process of which only the exit status is left.
     fn of(pid: u32) -> io::Result<Option<Stat>> {
+        Ok(Stat::read(pid)?.filter(|stat| !stat.ended))
+    }
+
+    fn read(pid: u32) -> io::Result<Option<Stat>> {
         let text = match fs::read_to_string(format!("/proc/{pid}/stat")) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -161,15 +187,12 @@ impl Stat {
         Ok(Stat::parse(&text))
     }
 
-    /// `None` for a process of which only the exit status is left.
     fn parse(text: &str) -> Option<Stat> {
         // The name, in parentheses, may contain anything, also parentheses and blanks.
         let rest: Vec<&str> = text.get(text.rfind(')')? + 1..)?.split_whitespace().collect();
-        if matches!(*rest.first()?, "Z" | "X" | "x") {
-            return None;
-        }
+        let ended = matches!(*rest.first()?, "Z" | "X" | "x");
         let field = |number: usize| rest.get(number - 3)?.parse::<u64>().ok();
-        Some(Stat { start_time: field(22)?, cpu_ticks: field(14)? + field(15)? })
+        Some(Stat { start_time: field(22)?, cpu_ticks: field(14)? + field(15)?, ended })
     }
 }
 
@@ -182,7 +205,7 @@ mod tests {
         let text = "42 (a) b (c d) S 1 42 42 0 -1 4194304 1 0 0 0 7 5 0 0 20 0 1 0 987654 1 1 1";
         let stat = Stat::parse(text).unwrap();
         assert_eq!((stat.start_time, stat.cpu_ticks), (987_654, 12));
-        assert!(Stat::parse(&text.replace(") S", ") Z")).is_none());
+        assert!(!stat.ended && Stat::parse(&text.replace(") S", ") Z")).unwrap().ended);
     }
 
     #[tokio::test]

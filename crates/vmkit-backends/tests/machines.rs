@@ -211,6 +211,55 @@ fn a_recycled_pid_is_never_signalled() {
 }
 
 #[test]
+fn a_forced_stop_finds_a_process_that_its_starter_has_not_recorded_yet() {
+    with_rig(async |rig, host| {
+        let vm = clone(host, "unrecorded", rig.spec()).await;
+        // Another process stands still in the middle of a start: it has the lock and a QEMU, and has written nothing.
+        let lock = fs::File::create(rig.dir().join(".locks/unrecorded")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        let start = vmkit::Action::ALL.iter().position(|action| *action == vmkit::Action::Start).unwrap();
+        lock.set_len(start as u64).unwrap();
+        let program = rig.dir().join("qemu-system-stand-in");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let mut qemu =
+            std::process::Command::new(&program).arg("600").current_dir(rig.machine(vm.id())).spawn().unwrap();
+        let elsewhere = rig.host();
+        let found = elsewhere.adopt(vm.id()).await.unwrap();
+        assert_eq!(found.state(), State::Starting);
+        found.kill().await.stop.unwrap();
+        let left = qemu.try_wait().unwrap();
+        qemu.kill().unwrap();
+        qemu.wait().unwrap();
+        assert!(left.is_some(), "it was said to be off, and its process runs");
+        drop(lock);
+    });
+}
+
+#[test]
+fn what_the_last_process_left_listening_is_not_taken_for_the_next_one() {
+    with_rig(async |rig, host| {
+        let vm = clone(host, "stale", rig.spec()).await;
+        let dir = rig.machine(vm.id());
+        // A QEMU that was killed and is not gone yet: it is connected to, and resets the connection, or never answers.
+        for resumed in [false, true] {
+            let stale: Vec<_> = ["agent.0.sock", "qmp.sock"]
+                .iter()
+                .map(|name| {
+                    let _ = fs::remove_file(dir.join(name));
+                    std::os::unix::net::UnixListener::bind(dir.join(name)).unwrap()
+                })
+                .collect();
+            vm.start(ConsoleSinks::discard()).await.unwrap();
+            assert_eq!(says(&vm, "echo up").await, "up");
+            drop(stale);
+            if !resumed {
+                vm.suspend().await.unwrap();
+            }
+        }
+    });
+}
+
+#[test]
 fn damaged_machines_are_shown_and_can_be_deleted() {
     with_rig(async |rig, host| {
         for (name, damage) in [("record", "vm.json"), ("disk", "disk.qcow2")] {

@@ -47,7 +47,7 @@ pub enum Command {
     /// Start machines, or resume suspended ones
     Start {
         /// The machines
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
         /// How long a start may take
         #[arg(long, value_name = "TIME", value_parser = duration)]
@@ -56,13 +56,13 @@ pub enum Command {
     /// Save machines with all that runs in them to disk, and switch them off
     Suspend {
         /// The machines
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
     },
     /// Shut machines down
     Stop {
         /// The machines
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
         /// How long the guest may take before it is forced; 0 forces at once
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
@@ -75,12 +75,13 @@ pub enum Command {
     #[command(visible_alias = "rm")]
     Delete {
         /// The machines
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
     },
     /// Wait until a machine is in a state
     Wait {
         /// The machine
+        #[arg(value_parser = id)]
         name: Id,
         /// Initial, Cloning, Starting, Running, Stopping, Stopped, Suspending, Suspended, Deleting, Deleted or ErrorUnknown
         #[arg(value_name = "STATE", value_parser = state)]
@@ -92,7 +93,7 @@ pub enum Command {
     /// Stop and delete machines, whatever they are in
     Cleanup {
         /// The machines
-        #[arg(required_unless_present = "all", value_name = "NAME")]
+        #[arg(required_unless_present = "all", value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
         /// Every machine
         #[arg(long, conflicts_with = "names")]
@@ -111,11 +112,13 @@ pub enum Command {
     /// Show everything about a machine
     Inspect {
         /// The machine
+        #[arg(value_parser = id)]
         name: Id,
     },
     /// Print a machine's serial console
     Console {
         /// The machine
+        #[arg(value_parser = id)]
         name: Id,
         /// Go on printing until the machine is off
         #[arg(short, long)]
@@ -192,7 +195,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub keep: bool,
     /// The machine's name [default: a new one]
-    #[arg(long)]
+    #[arg(long, value_parser = id)]
     pub name: Option<Id>,
     /// Say on standard error where the time went
     #[arg(long)]
@@ -202,6 +205,7 @@ pub struct RunArgs {
 #[derive(ClapArgs, Debug)]
 pub struct ExecArgs {
     /// The machine
+    #[arg(value_parser = id)]
     pub name: Id,
     #[command(flatten)]
     pub command: CommandArgs,
@@ -210,6 +214,7 @@ pub struct ExecArgs {
 #[derive(ClapArgs, Debug)]
 pub struct CloneArgs {
     /// The new machine
+    #[arg(value_parser = id)]
     pub name: Id,
     #[command(flatten)]
     pub shape: ShapeArgs,
@@ -254,6 +259,11 @@ pub enum StatesFormat {
     Markdown,
     Dot,
     Json,
+}
+
+/// A name, or the rule that it breaks.
+fn id(name: &str) -> Result<Id, String> {
+    Id::new(name).map_err(|error| format!("{}; {}", error.message(), error.next_step().unwrap_or_default()))
 }
 
 fn state(word: &str) -> Result<State, String> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use vmkit::{Child, Command, Error, ErrorKind, ExitStatus, GuestReader, GuestWriter, Instance, Result};
 
 use crate::args::CommandArgs;
@@ -20,6 +20,10 @@ const SILENCE: Duration = Duration::from_millis(500);
 const HELD: u64 = 4 << 20;
 /// How long a command may take to end once it was told to.
 const ENDS: Duration = Duration::from_secs(10);
+/// How long a guest may take to be told of a signal, and to have killed what it was told to kill. One that takes longer hangs.
+const ANSWERS: Duration = Duration::from_secs(3);
+/// How long our reader may take nothing after the command's time has passed.
+const TAKES: Duration = Duration::from_secs(2);
 const CHUNK: usize = 64 << 10;
 
 /// How it ended.
@@ -71,51 +75,41 @@ fn not_started(error: Error) -> Failure {
     Failure { error, code }
 }
 
-/// Starts it. Its timeout counts from now: a guest that hangs does not even start it.
-pub async fn start(command: Command, limit: Option<Duration>) -> Result<Option<Child>, Failure> {
-    let spawned = match limit {
-        None => command.spawn().await,
-        Some(limit) => match timeout(limit, command.spawn()).await {
-            Ok(spawned) => spawned,
-            Err(_) => return Ok(None),
-        },
-    };
-    spawned.map(Some).map_err(not_started)
+/// A command that was sent to the guest, and when its time is over.
+pub struct Started {
+    child: Child,
+    deadline: Option<Instant>,
+}
+
+/// Starts it. Its timeout counts from now: a guest that hangs does not even start it, and that is `None`.
+pub async fn start(command: Command, limit: Option<Duration>) -> Result<Option<Started>, Failure> {
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+    match command.spawn().await {
+        Ok(child) => Ok(Some(Started { child, deadline })),
+        Err(error) if error.kind() == ErrorKind::TimedOut => Ok(None),
+        Err(error) => Err(not_started(error)),
+    }
 }
 
 /// Connects the command to this process's streams until it has ended and all of its output is written.
-pub async fn attend(mut child: Child, signals: &mut Signals) -> Result<Ended> {
+pub async fn attend(started: Started, signals: &mut Signals) -> Result<Ended> {
+    let Started { mut child, deadline } = started;
     let pumps =
-        [Pump::start(child.stdout.take(), std::io::stdout()), Pump::start(child.stderr.take(), std::io::stderr())];
+        [Pump::start(child.stdout.take(), std::io::stdout())?, Pump::start(child.stderr.take(), std::io::stderr())?];
     let feeder = child.stdin.take().map(|stdin| tokio::spawn(feed(stdin)));
     let mut asked = None;
-    let ended = loop {
-        let patience = async {
-            match asked {
-                Some(_) => sleep(ENDS).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            ended = child.wait() => break ended,
-            signal = signals.next() => {
-                // The first is passed on; whoever asks again means it.
-                let number = if asked.is_none() { signal } else { 9 };
-                asked.get_or_insert(signal);
-                child.signal(number).await?;
-            }
-            () = patience => child.kill().await?,
-        }
-    };
+    let ended = until_ended(&mut child, signals, &mut asked).await;
     if let Some(feeder) = feeder {
         feeder.abort();
     }
+    let steps = pumps.each_ref().map(|pump| pump.as_ref().map(|pump| pump.steps.clone()));
     let rest = async {
         for pump in pumps.into_iter().flatten() {
             pump.finish().await?;
         }
         Ok(())
     };
+    let mut late = false;
     let written = tokio::select! {
         written = rest => written,
         // Its reader may never come back for the rest: there is nothing left to ask.
@@ -123,12 +117,73 @@ pub async fn attend(mut child: Child, signals: &mut Signals) -> Result<Ended> {
             asked.get_or_insert(signal);
             Ok(())
         }
+        () = stuck(deadline, &steps) => {
+            late = true;
+            Ok(())
+        }
     };
-    match (ended, asked) {
-        (Ok(_), Some(signal)) => Ok(Ended::Asked(signal)),
-        (Ok(status), None) => written.map(|()| Ended::Status(status)),
-        (Err(error), _) if error.kind() == ErrorKind::TimedOut => Ok(Ended::TimedOut),
-        (Err(error), _) => Err(error),
+    let status = match ended {
+        Ok(status) => status,
+        Err(error) if error.kind() == ErrorKind::TimedOut => {
+            late = true;
+            None
+        }
+        Err(error) => return Err(error),
+    };
+    // Lost output is a failure however the command ended.
+    written?;
+    Ok(match (asked, status) {
+        (Some(signal), _) => Ended::Asked(signal),
+        (None, Some(status)) if !late => Ended::Status(status),
+        (None, _) => Ended::TimedOut,
+    })
+}
+
+/// How the command ended; `None` for one that this process was asked to end, in a guest that hangs and does not end it.
+async fn until_ended(child: &mut Child, signals: &mut Signals, asked: &mut Option<i32>) -> Result<Option<ExitStatus>> {
+    let mut killed = false;
+    let mut patience: Option<Instant> = None;
+    loop {
+        let impatient = async {
+            match patience {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        let number = tokio::select! {
+            ended = child.wait() => return ended.map(Some),
+            signal = signals.next() => match *asked {
+                None => *asked.insert(signal),
+                // The first is passed on; whoever asks again means it.
+                Some(_) => 9,
+            },
+            () = impatient => match killed {
+                true => return Ok(None),
+                false => 9,
+            },
+        };
+        // Whether it arrives or not, waiting for the command tells what came of it.
+        let _ = timeout(ANSWERS, child.signal(number)).await;
+        if !killed {
+            killed = number == 9;
+            patience = Some(Instant::now() + if killed { ANSWERS } else { ENDS });
+        }
+    }
+}
+
+/// Returns when the command's time is over and our readers take nothing any more.
+async fn stuck(deadline: Option<Instant>, steps: &[Option<Arc<AtomicU64>>]) {
+    match deadline {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+    let taken = || steps.iter().flatten().map(|steps| steps.load(Ordering::Acquire)).collect::<Vec<_>>();
+    loop {
+        let before = taken();
+        sleep(TAKES).await;
+        if taken() == before {
+            return;
+        }
     }
 }
 
@@ -159,13 +214,13 @@ struct Pump {
 }
 
 impl Pump {
-    fn start(from: Option<GuestReader>, to: impl AsFd) -> Option<Pump> {
-        let from = from?;
+    fn start(from: Option<GuestReader>, to: impl AsFd) -> Result<Option<Pump>> {
+        let Some(from) = from else { return Ok(None) };
         // A descriptor of our own: the library's stream would cut binary output into lines.
-        let to = to.as_fd().try_clone_to_owned().ok()?;
+        let to = to.as_fd().try_clone_to_owned().map_err(|error| Error::io("a descriptor cannot be copied", error))?;
         let (steps, passed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let task = tokio::spawn(pump(from, std::fs::File::from(to), steps.clone(), passed.clone()));
-        Some(Pump { task, steps, passed })
+        Ok(Some(Pump { task, steps, passed }))
     }
 
     /// Waits for the rest. A background process may hold the stream open for ever: silence ends the wait, and so does more

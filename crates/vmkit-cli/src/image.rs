@@ -68,16 +68,38 @@ async fn make(context: &Context, build: &BuildArgs) -> Result<u8, Failure> {
     Ok(0)
 }
 
+/// Each gets its turn; the first failure counts.
 async fn rm(context: &Context, names: &[String]) -> Result<u8, Failure> {
+    let mut removed = Vec::new();
+    let mut first: Option<Failure> = None;
     for name in names {
-        // A machine whose record is damaged: say so, instead of that the image is in use.
-        context.qemu().images_in_use()?;
-        let (store, own, qemu) = (context.images()?, name.clone(), context.qemu().clone());
-        // Asked again under the store's lock, when no machine can be on its way.
-        let in_use =
-            move |digest: &str| qemu.images_in_use().map_or(true, |used| used.iter().any(|used| used == digest));
-        context.blocking(move |_, _| store.remove(&own, &in_use)).await?;
-        context.output.result(&serde_json::json!({ "removed": name }), || format!("{name}\n"))?;
+        match remove(context, name).await {
+            Ok(()) => {
+                if !context.output.json {
+                    context.output.result(&(), || format!("{name}\n"))?;
+                }
+                removed.push(serde_json::json!({ "removed": name }));
+            }
+            Err(error) => {
+                let failure = Failure::from(error);
+                if let Some(earlier) = first.replace(failure) {
+                    context.output.failure(&earlier);
+                    first = first.map(|last| Failure { code: earlier.code, ..last });
+                }
+            }
+        }
     }
-    Ok(0)
+    if context.output.json {
+        context.output.result(&removed, String::new)?;
+    }
+    first.map_or(Ok(0), Err)
+}
+
+async fn remove(context: &Context, name: &str) -> vmkit::Result<()> {
+    // A machine whose record is damaged: say so, instead of that the image is in use.
+    context.qemu().images_in_use()?;
+    let (store, own, qemu) = (context.images()?, name.to_owned(), context.qemu().clone());
+    // Asked again under the store's lock, when no machine can be on its way.
+    let in_use = move |digest: &str| qemu.images_in_use().map_or(true, |used| used.iter().any(|used| used == digest));
+    context.blocking(move |_, _| store.remove(&own, &in_use)).await
 }

@@ -115,7 +115,7 @@ pub async fn cleanup(args: &Args, names: &[Id], all: bool, grace: Duration, outp
         false => names.to_vec(),
     };
     each(args, &names, "cleaning up", output, async |instance: &Instance| {
-        vmkit::cleanup(instance, grace, CLEANUP_LIMIT.max(grace * 2)).await?;
+        vmkit::cleanup(instance, grace, CLEANUP_LIMIT.max(grace.saturating_mul(2))).await?;
         Ok(Outcome::of(instance))
     })
     .await
@@ -152,6 +152,11 @@ async fn each(
             done = work => done,
             signal = signals.next() => {
                 settle(&context, name).await;
+                // What was done before stays done, and said.
+                report(output, &outcomes)?;
+                if let Some(earlier) = first {
+                    output.failure(&earlier);
+                }
                 return Ok(signals::exit_code(signal));
             }
         };
@@ -175,10 +180,13 @@ async fn each(
             }
         }
     }
-    if output.json {
-        output.result(&outcomes, String::new)?;
-    }
+    report(output, &outcomes)?;
     first.map_or(Ok(0), Err)
+}
+
+/// All of it as one document; people were told of each when it was done.
+fn report(output: &Output, outcomes: &[Outcome]) -> Result<(), Failure> {
+    if output.json { output.result(&outcomes, String::new) } else { Ok(()) }
 }
 
 /// After a signal: the machine's own task takes back what it was doing; this waits until it has. What another process does to
@@ -231,7 +239,7 @@ pub async fn wait(
 ) -> Result<u8, Failure> {
     let context = Context::open(args, output).await?;
     let watched = Watched { id, target, qemu: context.qemu() };
-    let deadline = limit.map(|limit| Instant::now() + limit);
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     wait_for_state(&watched, POLL, deadline, target, &[]).await.map_err(|error| match error.kind() {
         ErrorKind::TimedOut => {
             error.hint("allow more time with --timeout, or look at it: `vmkit inspect`, `vmkit console`")

@@ -8,7 +8,7 @@ use vmkit::{Error, ErrorKind, Found, Id, State};
 
 use crate::args::Args;
 use crate::context::Context;
-use crate::output::{Failure, Output, age, bytes, print_all, table};
+use crate::output::{Failure, Output, age, bytes, print_some, table};
 
 const POLL: Duration = Duration::from_millis(100);
 
@@ -114,8 +114,7 @@ pub async fn console(args: &Args, id: &Id, follow: bool, lines: Option<usize>) -
     if let Some(lines) = lines {
         text = last_lines(&text, lines).to_vec();
     }
-    print_all(&text)?;
-    if !follow {
+    if !print_some(&text)? || !follow {
         return Ok(0);
     }
     loop {
@@ -132,8 +131,7 @@ pub async fn console(args: &Args, id: &Id, follow: bool, lines: Option<usize>) -
         });
         let more = more.unwrap_or_default();
         at += more.len() as u64;
-        print_all(&more)?;
-        if ended {
+        if !print_some(&more)? || ended {
             return Ok(0);
         }
         tokio::time::sleep(POLL).await;

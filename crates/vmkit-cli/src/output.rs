@@ -59,17 +59,17 @@ impl Output {
     /// A remark for people.
     pub fn note(&self, text: impl AsRef<str>) {
         if !self.quiet && !self.json {
-            anstream::eprintln!("{DIM}vmkit: {}{DIM:#}", text.as_ref());
+            say(&format!("{DIM}vmkit: {}{DIM:#}\n", text.as_ref()));
         }
     }
 
     /// Something that went wrong and does not end the command.
     pub fn warn(&self, text: impl AsRef<str>) {
         if self.json {
-            eprintln!("{}", serde_json::json!({ "warning": text.as_ref() }));
+            say_json(&serde_json::json!({ "warning": text.as_ref() }));
         } else {
             let yellow = AnsiColor::Yellow.on_default().bold();
-            anstream::eprintln!("{yellow}warning:{yellow:#} {}", text.as_ref());
+            say(&format!("{yellow}warning:{yellow:#} {}\n", text.as_ref()));
         }
     }
 
@@ -82,24 +82,35 @@ impl Output {
     /// A failure: what happened, why, what to do next.
     pub fn failure(&self, failure: &Failure) {
         if self.json {
-            eprintln!("{}", failure_json(&failure.error));
-            return;
+            return say_json(&failure_json(&failure.error));
         }
-        anstream::eprintln!("{RED}error:{RED:#} {}", failure.error);
+        let mut text = format!("{RED}error:{RED:#} {}\n", failure.error);
         let mut source = failure.error.source();
         while let Some(cause) = source {
-            anstream::eprintln!("  because: {cause}");
+            text.push_str(&format!("  because: {cause}\n"));
             source = cause.source();
         }
-        if let Some(details) = failure.error.details() {
-            for line in details.trim_end().lines() {
-                anstream::eprintln!("  {DIM}| {line}{DIM:#}");
-            }
+        for line in failure.error.details().unwrap_or_default().trim_end().lines() {
+            text.push_str(&format!("  {DIM}| {line}{DIM:#}\n"));
         }
         if let Some(hint) = failure.error.next_step() {
-            anstream::eprintln!("  next: {hint}");
+            text.push_str(&format!("  next: {hint}\n"));
         }
+        say(&text);
     }
+}
+
+/// Text on standard error, coloured where that is wanted. Nobody can be told that it cannot be written; what was to be done
+/// goes on.
+fn say(text: &str) {
+    use std::io::Write;
+    let _ = anstream::stderr().lock().write_all(text.as_bytes());
+}
+
+/// One line of JSON on standard error.
+pub fn say_json(value: &serde_json::Value) {
+    use std::io::Write;
+    let _ = std::io::stderr().lock().write_all(format!("{value}\n").as_bytes());
 }
 
 /// Help, the version, or arguments that make no sense: those as JSON when that was asked for.
@@ -109,10 +120,15 @@ pub fn usage(error: &clap::Error) -> std::process::ExitCode {
         let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
         let error = Error::new(ErrorKind::InvalidArgument, message)
             .hint("`vmkit help` and `vmkit help COMMAND` say what there is");
-        eprintln!("{}", failure_json(&error));
+        say_json(&failure_json(&error));
     } else {
         // A reader of the help that went away is no failure.
-        let _ = error.print();
+        match error.print() {
+            Err(lost) if !error.use_stderr() && lost.kind() != std::io::ErrorKind::BrokenPipe => {
+                return std::process::ExitCode::FAILURE;
+            }
+            _ => {}
+        }
     }
     std::process::ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
@@ -144,14 +160,20 @@ fn pretty<T: Serialize>(value: &T) -> Result<String, Failure> {
 
 /// Writes to standard output. A reader that went away, as `head` does, is no failure.
 pub fn print_all(bytes: &[u8]) -> Result<(), Failure> {
+    print_some(bytes).map(drop)
+}
+
+/// Writes to standard output, and tells whether anybody still reads it.
+pub fn print_some(bytes: &[u8]) -> Result<bool, Failure> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => {
             let lost = Error::io("standard output cannot be written", error);
             Err(lost.hint("make room where the output goes").into())
         }
-        _ => Ok(()),
     }
 }
 

@@ -8,7 +8,7 @@ use vmkit::{ConsoleSinks, Error, ErrorKind, Id, Instance, Result, Source, Spec};
 use crate::args::{Args, ExecArgs, RunArgs, ShapeArgs};
 use crate::child::{self, Ended};
 use crate::context::{Busy, Context};
-use crate::output::{Failure, Output};
+use crate::output::{Failure, Output, say_json};
 use crate::owner::{self, Owner};
 use crate::signals::{self, Signals};
 
@@ -63,7 +63,11 @@ pub async fn run(args: &Args, run: &RunArgs, output: &Output) -> Result<u8, Fail
     let mut timings = Timings::default();
     // From here on a signal ends the command and deletes the machine, wherever they are.
     let mut signals = Signals::new();
-    let context = Context::open(args, output).await.map_err(Failure::of_run)?;
+    let context = tokio::select! {
+        context = Context::open(args, output) => context.map_err(Failure::of_run)?,
+        // What a dead run left may be busy elsewhere: the next command tries again.
+        signal = signals.next() => return Ok(signals::exit_code(signal)),
+    };
     let id = match &run.name {
         Some(id) => id.clone(),
         None => new_name().map_err(Failure::of_run)?,
@@ -97,7 +101,7 @@ pub async fn run(args: &Args, run: &RunArgs, output: &Output) -> Result<u8, Fail
     timings.command = lap(&mut clock);
     if run.keep {
         match output.json {
-            true => eprintln!("{}", serde_json::json!({ "kept": id })),
+            true => say_json(&serde_json::json!({ "kept": id })),
             false => output.note(format!("kept: {id} (vmkit exec {id} -- CMD; vmkit cleanup {id})")),
         }
     } else {
@@ -107,7 +111,7 @@ pub async fn run(args: &Args, run: &RunArgs, output: &Output) -> Result<u8, Fail
     timings.total = start.elapsed().as_secs_f64() * 1000.0;
     if run.timings {
         match output.json {
-            true => eprintln!("{}", serde_json::json!({ "timings_ms": timings })),
+            true => say_json(&serde_json::json!({ "timings_ms": timings })),
             false => output.note(timings.text()),
         }
     }

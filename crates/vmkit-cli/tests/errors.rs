@@ -24,10 +24,16 @@ fn arguments_that_make_no_sense() {
         &["dance"],
         &["run", "-e", "NOVALUE", "--", "true"],
         &["ls", "--accel", "warp"],
+        &["run", "--timeout", "1e30", "--", "true"],
+        &["exec", "a/b", "--", "true"],
     ] {
         let error = state.fails(2, args);
         assert_eq!(error["code"], "invalid-argument", "{args:?}");
         assert_eq!(state.vmkit(args).status.code(), Some(2), "{args:?}");
+    }
+    for args in [&["clone", "a/b"][..], &["start", "a/b"], &["exec", "a/b", "--", "true"], &["cleanup", "a/b"]] {
+        let error = text(&state.vmkit(args).stderr);
+        assert!(error.contains("begin with a letter or a digit"), "the rule is not said: {error}");
     }
     assert!(fs::read_dir(state.path()).unwrap().next().is_none(), "arguments were refused, and something was made");
 }
@@ -229,6 +235,91 @@ fn what_is_not_ours_is_not_touched() {
     state.ok(&["cleanup", "--all"]);
     assert_eq!(state.machines(), []);
     assert_eq!(fs::read_to_string(theirs.join("precious")).unwrap(), "x");
+    let locks: Vec<_> = fs::read_dir(state.path().join("vms/.locks")).unwrap().collect();
+    assert!(locks.is_empty(), "what was refused left its lock: {locks:?}");
+}
+
+#[test]
+fn times_without_an_end_are_times() {
+    let Some(state) = State::new() else { return };
+    // More than any clock can say.
+    let forever = "18000000000000000000";
+    assert_eq!(state.ok(&["run", "--timeout", forever, "--", "echo", "done"]), "done\n");
+    state.ok(&["clone", "web"]);
+    state.ok(&["wait", "web", "Stopped", "--timeout", forever]);
+    state.ok(&["start", "web", "--timeout", forever]);
+    state.ok(&["stop", "web", "--grace", forever]);
+    state.ok(&["cleanup", "web", "--grace", forever]);
+    state.is_clean();
+}
+
+#[test]
+fn a_moved_state_directory() {
+    let Some(state) = State::new() else { return };
+    own_images(&state);
+    state.ok(&["clone", "web"]);
+    let away = State::empty();
+    let moved = |from: &State, to: &State| {
+        for part in ["vms", "images"] {
+            fs::rename(from.path().join(part), to.path().join(part)).unwrap();
+        }
+    };
+    moved(&state, &away);
+    let error = away.fails(1, &["start", "web"]);
+    assert_eq!(error["code"], "corrupt");
+    assert!(error["hint"].as_str().unwrap().contains("move it back"), "{error}");
+    // Nothing was lost: new machines run there, and the old one runs where it was made.
+    away.ok(&["run", "--", "true"]);
+    moved(&away, &state);
+    state.ok(&["start", "web"]);
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
+fn an_ordinary_user_and_somebody_elses_state_directory() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    assert!(rustix::process::geteuid().is_root(), "this test becomes an ordinary user, which takes root");
+    let state = State::empty();
+    // Where that user can reach both.
+    let program = state.path().join("vmkit");
+    fs::copy(env!("CARGO_BIN_EXE_vmkit"), &program).unwrap();
+    fs::set_permissions(state.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let theirs = state.path().join("theirs");
+    fs::create_dir(&theirs).unwrap();
+    let ordinary = |args: &[&str]| {
+        let mut command = Command::new(&program);
+        command.args(args).env("VMKIT_STATE_DIR", &theirs).uid(65534).gid(65534).current_dir("/").output().unwrap()
+    };
+    for made in [false, true] {
+        if made {
+            // All of it is there, and readable.
+            assert!(state.command(&["ls"]).env("VMKIT_STATE_DIR", &theirs).status().unwrap().success());
+            assert!(Command::new("chmod").args(["-R", "a+rX"]).arg(&theirs).status().unwrap().success());
+        }
+        for (code, args) in [(1, &["ls"][..]), (1, &["clone", "web"]), (125, &["run", "--", "true"])] {
+            let output = ordinary(args);
+            let error = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+            assert!(error.contains(theirs.to_str().unwrap()) && error.contains("Permission denied"), "{error}");
+            assert!(error.contains("next: ") && error.contains("--state-dir"), "{error}");
+        }
+        assert_eq!(ordinary(&["doctor"]).status.code(), Some(6));
+    }
+}
+
+#[test]
+fn several_images_are_removed_each_in_its_turn() {
+    let Some(state) = State::new() else { return };
+    own_images(&state);
+    let output = state.vmkit(&["--json", "image", "rm", "nothing", "base", "none"]);
+    assert_eq!(output.status.code(), Some(3));
+    let removed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(removed, serde_json::json!([{ "removed": "base" }]));
+    let errors: Vec<serde_json::Value> =
+        text(&output.stderr).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(errors.len(), 2, "{errors:?}");
 }
 
 /// The marker and the frame of the agent's link, with a version that nobody speaks.

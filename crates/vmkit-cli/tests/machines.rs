@@ -4,9 +4,8 @@ mod common;
 
 use std::io::{Read, Write};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
-use common::{State, text};
+use common::{State, eventually, signalled, text};
 
 #[test]
 fn run_gives_output_and_exit_code_and_leaves_nothing() {
@@ -88,18 +87,6 @@ fn signals_end_the_command_and_delete_the_machine() {
         signalled(child.id(), signal);
         assert_eq!(child.wait().unwrap().code(), Some(code));
         state.is_clean();
-    }
-}
-
-fn signalled(pid: u32, signal: &str) {
-    assert!(std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
-}
-
-fn eventually(mut so: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < Duration::from_secs(60), "it never came to be so");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -200,42 +187,14 @@ fn a_guest_that_ends_itself_is_told_with_its_last_words() {
 }
 
 #[test]
-fn a_reader_that_stands_still_keeps_nobody_from_ending_it() {
+fn a_timeout_ends_what_has_left_the_process_group_too() {
     let Some(state) = State::new() else { return };
-    state.ok(&["clone", "web"]);
-    state.ok(&["start", "web"]);
-    let script = "head -c 300000 /dev/zero; touch /ended";
-    let mut child = state.command(&["exec", "web", "--", "sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
-    // The pipe is full, nobody reads it, and the command has ended.
-    eventually(|| state.vmkit(&["exec", "web", "--", "test", "-e", "/ended"]).status.success());
-    std::thread::sleep(Duration::from_secs(1));
-    assert!(child.try_wait().unwrap().is_none(), "what was not read yet is lost");
-    signalled(child.id(), "-TERM");
-    assert_eq!(child.wait().unwrap().code(), Some(143));
+    state.ok(&["run", "--keep", "--name", "web", "--", "true"]);
+    let script = "setsid sh -c 'echo up; sleep 1000; true' & wait";
+    let output = state.vmkit(&["exec", "--timeout", "2s", "web", "--", "sh", "-c", script]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(124), "up\n".into()));
+    eventually(|| state.vmkit(&["exec", "web", "--", "pidof", "sleep"]).status.code() == Some(1));
     state.ok(&["cleanup", "--all", "--grace", "0"]);
-    state.is_clean();
-}
-
-#[test]
-fn a_holder_that_stands_still_keeps_nobody_from_ending() {
-    let Some(state) = State::new() else { return };
-    state.ok(&["clone", "web"]);
-    let mut holder = state.command(&["start", "web"]).stderr(Stdio::null()).spawn().unwrap();
-    eventually(|| !state.pids().is_empty());
-    signalled(holder.id(), "-STOP");
-    for signal in ["-TERM", "-INT"] {
-        let mut waiting = state.command(&["stop", "web"]).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(500));
-        assert!(waiting.try_wait().unwrap().is_none(), "it did not wait for the lock");
-        signalled(waiting.id(), signal);
-        eventually(|| waiting.try_wait().unwrap().is_some());
-    }
-    state.ok(&["stop", "--force", "web"]);
-    assert_eq!(state.pids(), [0; 0]);
-    signalled(holder.id(), "-KILL");
-    holder.wait().unwrap();
-    assert_eq!(state.machines(), [("web".into(), "Stopped".into())]);
-    state.ok(&["delete", "web"]);
     state.is_clean();
 }
 

@@ -14,6 +14,9 @@ use crate::instance::{Gone, Instance};
 
 /// How long a machine that has just gone away may take to be known as gone.
 const SETTLES: Duration = Duration::from_secs(2);
+/// How long a guest may take to be told that a command is to be killed. One that hangs never is: dropping the command is all
+/// that can be done then.
+const TOLD: Duration = Duration::from_secs(3);
 
 /// A command to be executed in a guest.
 ///
@@ -109,7 +112,8 @@ impl Command {
         self
     }
 
-    /// Kills it, with its children, when it takes longer. Counts from the start of the command.
+    /// Kills it, with its children, when it takes longer. Counts from the moment it is sent to the guest, so that one that
+    /// hangs keeps nobody waiting.
     pub fn timeout(mut self, limit: Duration) -> Command {
         self.timeout = Some(limit);
         self
@@ -119,21 +123,24 @@ impl Command {
     ///
     /// # Errors
     /// [`ErrorKind::NotRunning`] unless the machine is Running, and then nothing was executed; [`ErrorKind::NotFound`]
-    /// when there is no such program; [`ErrorKind::PermissionDenied`] when it cannot be executed. No error contains
-    /// arguments or environment.
+    /// when there is no such program; [`ErrorKind::PermissionDenied`] when it cannot be executed;
+    /// [`ErrorKind::TimedOut`] when its timeout passed before the guest had started it. No error contains arguments or
+    /// environment.
     ///
     /// # Cancel safety
     /// Dropping the future kills what was started.
     pub async fn spawn(self) -> Result<Child> {
         let (guest, mut gone) = self.instance.way_in()?;
+        // A limit beyond what a clock can say is none.
+        let deadline = self.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
         let started = tokio::select! {
             biased;
             started = guest.spawn(self.spec) => started,
             () = gone.wait() => Err(self.instance.not_running()),
+            limit = passed(deadline) => Err(too_long(limit)),
         };
         let GuestProcess { pid, stdin, stdout, stderr, control } =
             started.map_err(|error| error.on(self.instance.id().as_str()))?;
-        let deadline = self.timeout.map(|limit| (Instant::now() + limit, limit));
         Ok(Child {
             stdin,
             stdout,
@@ -186,6 +193,21 @@ impl std::fmt::Debug for Command {
     }
 }
 
+/// Returns the limit when it has passed.
+async fn passed(deadline: Option<(Instant, Duration)>) -> Duration {
+    match deadline {
+        Some((at, limit)) => {
+            tokio::time::sleep_until(at).await;
+            limit
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn too_long(limit: Duration) -> Error {
+    Error::new(ErrorKind::TimedOut, format!("the command took longer than {limit:?}"))
+}
+
 async fn read_all(from: Option<GuestReader>, into: &mut Vec<u8>) -> std::io::Result<()> {
     match from {
         Some(mut reader) => reader.read_to_end(into).await.map(drop),
@@ -229,23 +251,15 @@ impl Child {
         if let Some(status) = self.exit {
             return Ok(status);
         }
-        let late = async {
-            match self.deadline {
-                Some((at, limit)) => {
-                    tokio::time::sleep_until(at).await;
-                    limit
-                }
-                None => std::future::pending().await,
-            }
-        };
         let ended = tokio::select! {
             biased;
             ended = self.control.wait() => ended,
             () = self.gone.wait() => return Err(self.instance.not_running()),
-            limit = late => {
-                self.kill().await?;
-                let error = Error::new(ErrorKind::TimedOut, format!("the command took longer than {limit:?}"));
-                return Err(error.on(self.instance.id().as_str()));
+            limit = passed(self.deadline) => {
+                if let Ok(killed) = tokio::time::timeout(TOLD, self.kill()).await {
+                    killed?;
+                }
+                return Err(too_long(limit).on(self.instance.id().as_str()));
             }
         };
         match ended {

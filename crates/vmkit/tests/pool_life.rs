@@ -49,7 +49,7 @@ async fn a_used_machine_is_deleted_and_replaced() {
     let lease = pool.acquire().holder("test").await.unwrap();
     let used = lease.id().clone();
     assert_eq!(lease.command("echo").arg("hi").output().await.unwrap().stdout, b"hi\n");
-    assert_eq!(ids(&*pool.status().await, VmPhase::Held), [used.clone()]);
+    assert_eq!(ids(&*pool.status().await, VmPhase::Held), std::slice::from_ref(&used));
     lease.delete().await.unwrap();
     assert_eq!(lease.state(), State::Deleted);
     assert!(!world.has_disk(&used));
@@ -79,7 +79,7 @@ async fn a_stopped_lease_is_replaced_at_once_while_its_disk_is_read() {
     let _ = lease.stop_and_release(secs(10)).await;
     let pool_size = pool.status().await.counts.counted();
     assert_eq!(pool_size, 1);
-    assert_eq!(lease.release().await.unwrap().stop.is_ok(), true);
+    assert!(lease.release().await.unwrap().stop.is_ok());
     let status = full(&pool, 1).await;
     assert_eq!((status.totals.released, status.totals.replacements), (1, 1));
     close(&pool, &world).await;
@@ -340,11 +340,11 @@ async fn failed_leases_are_kept_under_a_quota_and_a_period() {
     drop(lease);
     // One that succeeded, or was beyond the quota, goes as ever.
     let status = until(&pool, "kept", |status| !ids(status, VmPhase::Kept).is_empty()).await;
-    assert_eq!(ids(&status, VmPhase::Kept), [kept.clone()]);
+    assert_eq!(ids(&status, VmPhase::Kept), std::slice::from_ref(&kept));
     other.mark_failed();
     drop(other);
     let status = until(&pool, "replaced", |status| status.counts.ready.sum() == 3 && status.counts.all() == 4).await;
-    assert_eq!(ids(&status, VmPhase::Kept), [kept.clone()]);
+    assert_eq!(ids(&status, VmPhase::Kept), std::slice::from_ref(&kept));
     // It is there again, with what was in its memory.
     let capsule = pool.take_kept(&kept).await.unwrap();
     assert_eq!(pool.take_kept(&kept).await.unwrap_err().kind(), ErrorKind::NotFound);

@@ -2,18 +2,21 @@
 //!
 //! ```text
 //!  host ── control: Exec ▶ … Signal ▶ … end ──▶ ┌─────────┐ ◀── exit ── reaper
-//!       ◀─ control: Started, Exited, Silent ─── │  exec   │
+//!       ◀─ control: Started, Exited, Said ───── │  exec   │
 //!       ── stdin ─────────────────────────────▶ │         │ ──▶ pipe ──▶ process
-//!       ◀─ stdout, stderr (opened on 1st byte) ─└─────────┘ ◀── pipe ◀──
+//!       ◀─ stdout, stderr (when there is more) ─└─────────┘ ◀── pipe ◀──
 //! ```
 //!
-//! The exit is told as soon as the process has ended, also when a child of it keeps its output open. The control stream
-//! ends when both outputs are spoken for.
+//! Most commands are over when the agent first looks, and have said little: all that there is to tell is then told in one
+//! message, and nothing is set up that would wait for more. Of the others, the exit is told as soon as the process has ended,
+//! also when a child of it keeps its output open. The control stream ends when both outputs are spoken for.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::unix::pipe;
@@ -92,50 +95,75 @@ pub(super) struct Exec {
 
 pub(super) async fn run(exec: Exec) {
     let Exec { id, process, control, opener, slot, holds, stdin } = exec;
-    let Process { pid, stdin: to_process, stdout, stderr, exit } = process;
-    let (from_host, mut to_host) = tokio::io::split(control);
+    let Process { pid, stdin: to_process, outputs: [stdout, stderr], mut exit } = process;
+    let outputs = [Output::look(Which::Stdout, stdout), Output::look(Which::Stderr, stderr)];
     let started = Reply::Started(pid.as_raw_nonzero().get().unsigned_abs());
+    let (from_host, mut to_host) = tokio::io::split(control);
+    let mut exited = exit.try_recv().ok();
+    let mut first = vec![started];
+    // What is over by now goes out in one write.
+    let mut spoken_for = 0;
+    let mut open = Vec::new();
+    for output in outputs {
+        match output.pipe {
+            Some(pipe) => open.push((output.which, pipe, output.said)),
+            None => {
+                spoken_for += 1;
+                if output.connected {
+                    first.push(Reply::Said(output.which, output.said));
+                }
+            }
+        }
+    }
+    first.extend(exited.map(Reply::Exited));
     // When it fails the session is gone, and the reader of the control stream sees it as well.
-    let _ = say(&mut to_host, &started).await;
+    let _ = say(&mut to_host, &first).await;
+    if exited.is_some() && open.is_empty() {
+        let _ = to_host.shutdown().await;
+        return;
+    }
 
-    if let (Some(pipe), Some(stream)) = (to_process, stdin) {
+    if let (Some(pipe), Some(stream)) = (to_process, stdin)
+        && let Ok(pipe) = pipe::Sender::from_owned_fd_unchecked(pipe)
+    {
         tokio::spawn(feed(stream, pipe));
     }
     let (says, mut replies) = mpsc::unbounded_channel();
-    let outputs = [(Which::Stdout, stdout), (Which::Stderr, stderr)].map(|(which, pipe)| {
-        pipe.map(|pipe| {
-            tokio::spawn(drain(pipe, Header { id, which }, opener.clone(), slot.life.clone(), says.clone()))
+    let outputs: Vec<_> = open
+        .into_iter()
+        .filter_map(|(which, pipe, said)| {
+            let pipe = pipe::Receiver::from_owned_fd_unchecked(pipe).ok()?;
+            let header = Header { id, which };
+            Some(tokio::spawn(drain(pipe, said, header, opener.clone(), slot.life.clone(), says.clone())))
         })
-    });
+        .collect();
     let hold = (!slot.life.detached).then_some(holds);
-    let alive = Arc::new(AtomicBool::new(true));
+    let alive = Arc::new(AtomicBool::new(exited.is_none()));
     let listener = tokio::spawn(listen(from_host, pid, slot.life.clone(), alive.clone(), says.clone()));
     drop(opener);
 
-    let mut exit = Some(exit);
-    let mut spoken_for = outputs.iter().filter(|output| output.is_none()).count();
-    let mut ended = false;
     let mut lost = false;
     // Until the process has ended and both outputs are spoken for, or nobody listens any more.
-    while !(ended && (spoken_for == 2 || lost)) {
+    while !(exited.is_some() && (spoken_for == 2 || lost)) {
         tokio::select! {
             biased;
             Some(event) = replies.recv() => match event {
                 Event::Opened => spoken_for += 1,
-                Event::Silent(which) => {
+                Event::Said(which, said) => {
                     spoken_for += 1;
-                    lost |= say(&mut to_host, &Reply::Silent(which)).await.is_err();
+                    lost |= say(&mut to_host, &[Reply::Said(which, said)]).await.is_err();
                 }
                 Event::Lost => lost = true,
             },
-            status = async { match exit.as_mut() { Some(exit) => exit.await, None => std::future::pending().await } } => {
-                exit = None;
-                ended = true;
+            status = &mut exit, if exited.is_none() => {
                 alive.store(false, Ordering::Relaxed);
                 match status {
-                    Ok(status) => lost |= say(&mut to_host, &Reply::Exited(status)).await.is_err(),
+                    Ok(status) => {
+                        exited = Some(status);
+                        lost |= say(&mut to_host, &[Reply::Exited(status)]).await.is_err();
+                    }
                     // The reaper is gone only with the agent.
-                    Err(_) => lost = true,
+                    Err(_) => return,
                 }
             }
         }
@@ -145,11 +173,11 @@ pub(super) async fn run(exec: Exec) {
     }
     let _ = to_host.shutdown().await;
     drop(hold);
-    if !ended && let Some(exit) = exit {
+    if exited.is_none() {
         // Outlives its session: its place and its outputs' readers stay until it ends.
         let _ = exit.await;
     }
-    for output in outputs.into_iter().flatten() {
+    for output in outputs {
         if lost && !slot.life.outlives() {
             output.abort();
         }
@@ -158,11 +186,42 @@ pub(super) async fn run(exec: Exec) {
     listener.abort();
 }
 
+/// One of a command's outputs, as a first look found it.
+struct Output {
+    which: Which,
+    connected: bool,
+    /// What it said so far.
+    said: Vec<u8>,
+    /// Absent when that is all.
+    pipe: Option<OwnedFd>,
+}
+
+impl Output {
+    fn look(which: Which, pipe: Option<OwnedFd>) -> Output {
+        let mut output = Output { which, connected: pipe.is_some(), said: Vec::new(), pipe };
+        let Some(pipe) = &output.pipe else { return output };
+        let mut chunk = [0; FIRST];
+        while output.said.len() < FIRST {
+            match rustix::io::read(pipe, &mut chunk[output.said.len()..]) {
+                Ok(0) => {
+                    output.pipe = None;
+                    break;
+                }
+                Ok(n) => output.said.extend_from_slice(&chunk[output.said.len()..][..n]),
+                Err(Errno::INTR) => {}
+                // Nothing for now; what is wrong with it, if something is, is found again by who waits for more.
+                Err(_) => break,
+            }
+        }
+        output
+    }
+}
+
 enum Event {
     /// An output has a stream of its own now.
     Opened,
-    /// An output ended without a byte.
-    Silent(Which),
+    /// An output ended, and this is all of it.
+    Said(Which, Vec<u8>),
     /// The control stream ended.
     Lost,
 }
@@ -205,21 +264,36 @@ async fn feed(stream: oneshot::Receiver<Stream>, mut pipe: pipe::Sender) {
     }
 }
 
-/// Process to host.
+/// Process to host. `said` was read already.
 async fn drain(
     mut pipe: pipe::Receiver,
+    said: Vec<u8>,
     header: Header,
     opener: Opener,
     life: Arc<Life>,
     says: mpsc::UnboundedSender<Event>,
 ) {
-    let mut chunk = vec![0; FIRST];
+    let mut chunk = said;
+    let mut n = chunk.len();
+    chunk.resize(FIRST, 0);
     let mut stream: Option<Stream> = None;
     loop {
-        let n = match pipe.read(&mut chunk).await {
-            Ok(0) | Err(_) => break,
-            Ok(n) => n,
-        };
+        if n == 0 {
+            n = match pipe.read(&mut chunk).await {
+                Ok(0) | Err(_) => break,
+                Ok(n) => n,
+            };
+            if stream.is_none() && n < FIRST {
+                match pipe.try_read(&mut chunk[n..]) {
+                    Ok(0) => {
+                        chunk.truncate(n);
+                        return drop(says.send(Event::Said(header.which, chunk)));
+                    }
+                    Ok(more) => n += more,
+                    Err(_) => {}
+                }
+            }
+        }
         let opened = match &mut stream {
             Some(stream) => Some(stream),
             None => match begin(&opener, header).await {
@@ -238,6 +312,7 @@ async fn drain(
             if n == chunk.len() && n < CHUNK {
                 chunk.resize(CHUNK, 0);
             }
+            n = 0;
             continue;
         }
         // Nobody reads any more. What outlives its session goes on unheard; anything else gets a broken pipe.
@@ -250,7 +325,7 @@ async fn drain(
     }
     match stream {
         Some(mut stream) => drop(stream.shutdown().await),
-        None => drop(says.send(Event::Silent(header.which))),
+        None => drop(says.send(Event::Said(header.which, Vec::new()))),
     }
 }
 
@@ -260,6 +335,10 @@ async fn begin(opener: &Opener, header: Header) -> Option<Stream> {
     Some(stream)
 }
 
-async fn say(to: &mut WriteHalf<Stream>, reply: &Reply) -> std::io::Result<()> {
-    to.write_all(&protocol::encode(reply)?).await
+async fn say(to: &mut WriteHalf<Stream>, replies: &[Reply]) -> std::io::Result<()> {
+    let mut bytes = Vec::new();
+    for reply in replies {
+        bytes.extend(protocol::encode(reply)?);
+    }
+    to.write_all(&bytes).await
 }

@@ -11,6 +11,7 @@ mod renew;
 mod shutdown;
 mod spawn;
 mod users;
+mod vfork;
 
 use std::collections::HashMap;
 use std::io;

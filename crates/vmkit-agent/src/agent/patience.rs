@@ -7,19 +7,19 @@
 /// Makes this thread one that does not take the processor from others when it wakes up.
 pub fn be_patient() {
     // What cannot be had costs speed and nothing else.
-    let _ = policy(0, libc::SCHED_BATCH);
+    let _ = policy(libc::SCHED_BATCH);
 }
 
-/// Makes a child of ours, which inherited our policy, an ordinary task.
-pub(super) fn be_ordinary(pid: i32) {
-    let _ = policy(pid, libc::SCHED_OTHER);
+/// Makes this thread, a child's that inherited our policy, an ordinary one.
+pub(super) fn be_ordinary() {
+    let _ = policy(libc::SCHED_OTHER);
 }
 
 #[expect(unsafe_code, reason = "the library that we use has no such call")]
-fn policy(pid: i32, policy: i32) -> std::io::Result<()> {
+fn policy(policy: i32) -> std::io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters outlive the call, which reads them and nothing else.
-    match unsafe { libc::sched_setscheduler(pid, policy, &raw const parameters) } {
+    match unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
     }

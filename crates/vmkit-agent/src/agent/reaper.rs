@@ -38,7 +38,8 @@ impl Reaper {
         exit
     }
 
-    fn reap(&self) {
+    /// Reaps what has ended by now.
+    pub(super) fn reap(&self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let exit = match (status.exit_status(), status.terminating_signal()) {
                 (Some(code), _) => Exit::Code(code),

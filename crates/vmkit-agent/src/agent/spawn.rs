@@ -1,33 +1,33 @@
 //! Starts a process.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
+use rustix::fs::{Mode, OFlags, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::Pid;
-use tokio::net::unix::pipe;
+use rustix::process::{Gid, Pid, Uid};
 use tokio::sync::oneshot;
 
-use super::patience;
 use super::reaper::Reaper;
 use super::users::{self, User};
+use super::vfork::{self, Step};
 use crate::protocol::{ExecRequest, Exit, Failure};
 
 /// Where programs are looked for when nobody says otherwise.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A process that runs, with our ends of its streams.
+/// A process that runs, with our ends of its streams, which do not block.
 pub(super) struct Process {
     pub pid: Pid,
-    pub stdin: Option<pipe::Sender>,
-    pub stdout: Option<pipe::Receiver>,
-    pub stderr: Option<pipe::Receiver>,
+    pub stdin: Option<OwnedFd>,
+    /// Standard output and standard error.
+    pub outputs: [Option<OwnedFd>; 2],
     pub exit: oneshot::Receiver<Exit>,
 }
 
@@ -42,9 +42,6 @@ pub(super) fn spawn(
         None => None,
     };
     let cwd = request.cwd.as_deref().unwrap_or("/");
-    if !fs::metadata(cwd).is_ok_and(|meta| meta.is_dir()) {
-        return Err((Failure::NoDirectory, format!("the guest has no directory {cwd:?}")));
-    }
     let env = environment(request, bound, user.as_ref());
     let program = locate(&request.program, Path::new(cwd), &env)?;
 
@@ -53,45 +50,61 @@ pub(super) fn spawn(
     let (stdin, our_stdin) = input(request.stdin).map_err(other)?;
     let (stdout, our_stdout) = output(request.stdout).map_err(other)?;
     let (stderr, our_stderr) = output(request.stderr).map_err(other)?;
-    let mut command = Command::new(&program);
-    command.arg0(&request.program).args(&request.args).env_clear().envs(env).process_group(0);
-    command.stdin(stdin).stdout(stdout).stderr(stderr);
-    // Without a directory to change to, the standard library takes its faster way.
-    if std::env::current_dir().ok().as_deref() != Some(Path::new(cwd)) {
-        command.current_dir(cwd);
-    }
-    if let Some(user) = user {
-        become_user(&mut command, user);
-    }
-    let child = command.spawn().map_err(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied => not_executable(&request.program, "permission denied"),
-        io::ErrorKind::NotFound => not_executable(&request.program, "its interpreter is missing"),
-        _ if error.raw_os_error() == Some(rustix::io::Errno::NOEXEC.raw_os_error()) => {
-            not_executable(&request.program, "not a program of this machine's kind, and no #! line")
-        }
-        _ => other(error),
+    let plan = vfork::Plan {
+        program: &text(program.into_os_string().into_vec(), "the program's name")?,
+        args: &strings([&request.program].into_iter().chain(&request.args).map(|arg| arg.clone().into_bytes()))?,
+        env: &strings(env.into_iter().map(|(key, value)| [key.into_vec(), value.into_vec()].join(&b'=')))?,
+        cwd: &text(cwd.as_bytes().to_vec(), "the directory's name")?,
+        streams: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        user: user.map(|user| vfork::Identity {
+            uid: Uid::from_raw(user.uid),
+            gid: Gid::from_raw(user.gid),
+            groups: user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect(),
+        }),
+    };
+    let pid = vfork::start(&plan).map_err(|(step, errno)| match step {
+        Step::Directory => (Failure::NoDirectory, format!("the guest has no directory {cwd:?}: {errno}")),
+        Step::Execute => not_started(&request.program, Path::new(cwd), errno),
+        Step::Fork | Step::Streams | Step::User => other(errno.into()),
     })?;
-    let pid = Pid::from_child(&child);
-    patience::be_ordinary(pid.as_raw_nonzero().get());
+    let exit = reaper.watch(pid);
     // It runs first, for a slice at most: most commands are over by then, and all that there is to say of them is said at once.
     std::thread::yield_now();
-    Ok(Process { pid, stdin: our_stdin, stdout: our_stdout, stderr: our_stderr, exit: reaper.watch(pid) })
+    reaper.reap();
+    Ok(Process { pid, stdin: our_stdin, outputs: [our_stdout, our_stderr], exit })
 }
 
-fn input(connect: bool) -> io::Result<(Stdio, Option<pipe::Sender>)> {
-    if !connect {
-        return Ok((Stdio::null(), None));
-    }
-    let (theirs, ours): (OwnedFd, OwnedFd) = pipe_with(PipeFlags::CLOEXEC)?;
-    Ok((Stdio::from(theirs), Some(pipe::Sender::from_owned_fd(ours)?)))
+/// The kernel's strings end at their first zero: one in the middle would be another string.
+fn text(bytes: Vec<u8>, what: &str) -> Result<CString, (Failure, String)> {
+    CString::new(bytes).map_err(|_| (Failure::Invalid, format!("{what} contains a zero byte")))
 }
 
-fn output(connect: bool) -> io::Result<(Stdio, Option<pipe::Receiver>)> {
+fn strings(list: impl Iterator<Item = Vec<u8>>) -> Result<Vec<CString>, (Failure, String)> {
+    list.map(|bytes| text(bytes, "an argument or a variable")).collect()
+}
+
+fn null() -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Their end and ours.
+fn input(connect: bool) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
     if !connect {
-        return Ok((Stdio::null(), None));
+        return Ok((null()?, None));
     }
-    let (ours, theirs): (OwnedFd, OwnedFd) = pipe_with(PipeFlags::CLOEXEC)?;
-    Ok((Stdio::from(theirs), Some(pipe::Receiver::from_owned_fd(ours)?)))
+    let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
+    fcntl_setfl(&ours, OFlags::NONBLOCK)?;
+    Ok((theirs, Some(ours)))
+}
+
+/// Their end and ours.
+fn output(connect: bool) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+    if !connect {
+        return Ok((null()?, None));
+    }
+    let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+    fcntl_setfl(&ours, OFlags::NONBLOCK)?;
+    Ok((theirs, Some(ours)))
 }
 
 fn environment(request: &ExecRequest, bound: &[(String, String)], user: Option<&User>) -> Vec<(OsString, OsString)> {
@@ -142,16 +155,8 @@ fn locate(program: &str, cwd: &Path, env: &[(OsString, OsString)]) -> Result<Pat
         return Err(missing());
     }
     if program.contains('/') {
-        // The kernel resolves it after the change of directory; so do we.
-        return match fs::metadata(cwd.join(program)) {
-            Ok(meta) if executable(&meta) => Ok(program.into()),
-            Ok(meta) if meta.is_dir() => Err(not_executable(program, "it is a directory")),
-            Ok(_) => Err(not_executable(program, "permission denied")),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                Err(not_executable(program, "permission denied"))
-            }
-            Err(_) => Err(missing()),
-        };
+        // The kernel resolves it, after the change of directory; what it refuses is looked at then.
+        return Ok(program.into());
     }
     let path = env.iter().find(|(key, _)| key == "PATH").map_or_else(|| PATH.into(), |(_, value)| value.clone());
     let mut denied = false;
@@ -174,18 +179,18 @@ fn not_executable(program: &str, why: &str) -> (Failure, String) {
     (Failure::NotExecutable, format!("the guest cannot execute {program:?}: {why}"))
 }
 
-#[expect(unsafe_code, reason = "supplementary groups have to be set between fork and exec")]
-fn become_user(command: &mut Command, user: User) {
-    let groups: Vec<_> = user.groups.iter().map(|&gid| rustix::process::Gid::from_raw(gid)).collect();
-    let (uid, gid) = (rustix::process::Uid::from_raw(user.uid), rustix::process::Gid::from_raw(user.gid));
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are plain system calls on memory that
-    // was allocated before the fork. The order is groups, gid, uid: after the last one the others are not permitted.
-    unsafe {
-        command.pre_exec(move || {
-            rustix::thread::set_thread_groups(&groups)?;
-            rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-            rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-            Ok(())
-        });
+/// Why the kernel would not execute it.
+fn not_started(program: &str, cwd: &Path, errno: Errno) -> (Failure, String) {
+    match errno {
+        Errno::NOEXEC => not_executable(program, "not a program of this machine's kind, and no #! line"),
+        Errno::ACCESS => match fs::metadata(cwd.join(program)) {
+            Ok(meta) if meta.is_dir() => not_executable(program, "it is a directory"),
+            Ok(_) | Err(_) => not_executable(program, "permission denied"),
+        },
+        Errno::NOENT | Errno::NOTDIR => match fs::metadata(cwd.join(program)) {
+            Ok(_) => not_executable(program, "its interpreter is missing"),
+            Err(_) => (Failure::NotFound, format!("the guest has no program {program:?}")),
+        },
+        _ => (Failure::Other, format!("the guest could not start {program:?}: {errno}")),
     }
 }

@@ -15,9 +15,11 @@ use vmkit::{
 };
 use vmkit_agent::client::Client;
 
-use super::args::{Begin, args};
+use super::args::{Begin, LINES, args, line_socket};
 use super::host::HostFacts;
-use super::layout::{self, DISK, Layout, MEMORY, OUTPUT, QMP, Run, SERIAL, STATE, STATE_PARTIAL, STATE_SPENT};
+use super::layout::{
+    self, DISK, Layout, MEMORY, OUTPUT, QMP, QMP_PROBE, Run, SERIAL, STATE, STATE_PARTIAL, STATE_SPENT,
+};
 use super::line::{Line, translate};
 use super::lock::Lock;
 use super::probe::{QemuProbe, now};
@@ -31,6 +33,8 @@ const TAIL: u64 = 2048;
 const AGENT_ANSWERS: Duration = Duration::from_secs(10);
 /// How long a QEMU whose sockets have closed may take to be gone.
 const ENDS: Duration = Duration::from_secs(2);
+/// How long a control session may take to begin before it is begun again.
+const GREETS: Duration = Duration::from_secs(5);
 /// What is left of a start's time when the start gives up by itself, to say why.
 const MARGIN: Duration = Duration::from_millis(500);
 
@@ -91,6 +95,17 @@ impl QemuDriver {
 
     fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Makes sure that nobody but the QEMU that is to be started answers, or has the disk: the last one may have been killed a
+    /// moment ago.
+    async fn clear_way(&self) -> Result<()> {
+        if let Some(last) = layout::read_run(&self.dir) {
+            let gone = timeout(ENDS, last.process.let_go()).await;
+            gone.unwrap_or(Ok(())).map_err(|error| Error::io("the last process cannot be looked at", error))?;
+        }
+        let sockets = [QMP.to_owned(), QMP_PROBE.to_owned()].into_iter().chain((0..LINES).map(line_socket));
+        sockets.map(|name| self.file(&name)).try_for_each(|socket| layout::remove(&socket))
     }
 
     /// Starts QEMU. From here on `kill` finds it, whatever happens.
@@ -358,6 +373,7 @@ impl Driver for QemuDriver {
         for stale in [STATE, STATE_PARTIAL, STATE_SPENT, MEMORY] {
             layout::remove(&self.file(stale))?;
         }
+        self.clear_way().await?;
         self.spawn(Begin::Boot, accelerator, &facts.program)?;
         self.follow(0, console);
         let line = self.line.clone();
@@ -369,6 +385,7 @@ impl Driver for QemuDriver {
         let facts = self.facts().await?;
         let accelerator = self.saved_accelerator(&facts)?;
         let from = fs::metadata(self.file(SERIAL)).map_or(0, |meta| meta.len());
+        self.clear_way().await?;
         self.spawn(Begin::Resume, &accelerator, &facts.program)?;
         self.follow(from, console);
         let dir = self.dir.clone();
@@ -429,6 +446,10 @@ impl Driver for QemuDriver {
         // Also one that another process has started meanwhile.
         self.refresh();
         self.end_process().await?;
+        if self.lock.is_none() {
+            // Past a holder of the lock, who may stand still between starting a process and recording it.
+            recover::kill_all(&self.dir).await?;
+        }
         self.sweep_memory();
         Ok(())
     }
@@ -475,13 +496,18 @@ impl Driver for QemuDriver {
     }
 }
 
-/// Tries until QEMU listens. Whoever calls it watches whether QEMU lives.
+/// Tries until QEMU listens and answers. Whoever calls it watches whether QEMU lives, and for how long.
 async fn connect_qmp(dir: &Path) -> Result<Qmp> {
     loop {
-        match super::socket::connect(dir, QMP).await {
-            Ok(stream) => return Qmp::negotiate(stream).await,
-            Err(_) => sleep(Duration::from_micros(500)).await,
+        if let Ok(stream) = super::socket::connect(dir, QMP).await {
+            // A session that does not begin says nothing of the next one.
+            match timeout(GREETS, Qmp::negotiate(stream)).await {
+                Ok(Ok(qmp)) => return Ok(qmp),
+                Ok(Err(error)) => debug!(%error, "beginning a control session again"),
+                Err(_) => debug!("a control session did not begin: trying again"),
+            }
         }
+        sleep(Duration::from_micros(500)).await;
     }
 }
 

@@ -134,3 +134,46 @@ impl Qmp {
 fn late(doing: &str) -> Error {
     Error::new(ErrorKind::TimedOut, format!("QEMU took longer than {ANSWERS:?} for {doing}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+    const GREETING: &str =
+        r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
+
+    /// Stands in for a QEMU: negotiates, answers with `answers` one after the other, and then dies at the next command.
+    async fn qemu(stream: UnixStream, answers: &[&str]) {
+        let (from, mut to) = stream.into_split();
+        let mut commands = BufReader::new(from).lines();
+        to.write_all(format!("{GREETING}\n").as_bytes()).await.unwrap();
+        for answer in [r#""return": {}"#].iter().chain(answers) {
+            let command: serde_json::Value =
+                serde_json::from_str(&commands.next_line().await.unwrap().unwrap()).unwrap();
+            let id = command.get("id").map(|id| format!(r#", "id": {id}"#)).unwrap_or_default();
+            to.write_all(format!("{{{answer}{id}}}\n").as_bytes()).await.unwrap();
+        }
+        commands.next_line().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_dies_is_an_error_at_every_command_from_then_on() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let refusal = r#""error": {"class": "GenericError", "desc": "not now"}"#;
+        let qemu = tokio::spawn(async move { qemu(theirs, &[refusal, r#""return": {}"#]).await });
+        let mut qmp = Qmp::negotiate(ours).await.unwrap();
+        let refused = qmp.stop().await.unwrap_err();
+        assert!(refused.message().contains("refused stop"), "{refused:?}");
+        // A refusal does not end the session.
+        qmp.stop().await.unwrap();
+        let died = qmp.save("state").await.unwrap_err();
+        assert_eq!(died.kind(), ErrorKind::Backend, "{died:?}");
+        // As calling off a suspend does.
+        for _ in 0..2 {
+            let ended = qmp.cont().await.unwrap_err();
+            assert!(ended.message().contains("session ended"), "{ended:?}");
+        }
+        qemu.await.unwrap();
+    }
+}

@@ -64,7 +64,7 @@ fn late() -> vmkit::Error {
 }
 
 /// Kills the recorded process, and a QEMU in the machine's directory that was started and not yet recorded.
-async fn kill_all(dir: &std::path::Path) -> Result<()> {
+pub(super) async fn kill_all(dir: &std::path::Path) -> Result<()> {
     let recorded = layout::live_run(dir).map(|run| run.process);
     let found =
         working_in(dir).into_iter().filter(|pid| is_qemu(*pid)).filter_map(|pid| Identity::of(pid).ok().flatten());
