@@ -618,3 +618,22 @@ async fn another_sizing_may_decide() {
     full(&pool, 3).await;
     close(&pool, &world).await;
 }
+
+/// A limit beyond what a clock can say is none.
+#[tokio::test(start_paused = true)]
+async fn limits_may_be_endless() {
+    let (world, builder) = pool();
+    let ever = Duration::MAX;
+    let builder = builder.acquire_timeout(ever).cleanup_timeout(ever).stop_timeout(ever).create_timeout(ever);
+    let builder = builder.health_interval(ever).health_timeout(ever).max_age(ever).max_idle(ever);
+    let keep = KeepFailed { quota: 1, period: ever };
+    let pool = builder.size(2).keep_failed(keep).build().unwrap();
+    pool.start().await.unwrap();
+    full(&pool, 2).await;
+    let lease = pool.acquire().timeout(ever).time_limit(ever).await.unwrap();
+    lease.mark_failed();
+    drop(lease);
+    until(&pool, "kept", |status| !ids(status, VmPhase::Kept).is_empty()).await;
+    assert!(pool.close(ever).await.is_clean());
+    assert_eq!(world.residue(), Vec::<String>::new());
+}

@@ -70,7 +70,7 @@ async fn a_greedy_key_does_not_starve_another() {
     for task in tasks {
         task.await.unwrap();
     }
-    let order = order.lock().unwrap();
+    let order = order.lock().unwrap().clone();
     let light = order[..20].iter().filter(|key| **key == "light").count();
     assert_eq!(light, 5, "one of four, as the weights say: {order:?}");
     close(&pool, &world).await;

@@ -262,7 +262,7 @@ impl Pool {
             *shared.rest() = Rest::default();
             return CloseReport::default();
         }
-        let deadline = Instant::now() + limit;
+        let deadline = backoff::after(Instant::now(), limit);
         self.ask(|reply| Message::Close(deadline, reply)).await.unwrap_or_default()
     }
 

@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::acquire::{Claimant, Grant, Place};
+use super::backoff::after;
 use super::config::OnFailure;
 use super::events::{Details, EventKind};
 use super::lease::Hold;
@@ -161,7 +162,7 @@ impl Supervisor {
         let (hold, (limit, since)) = (hold.clone(), slot.limit);
         self.slots.enter(no, Phase::Held { hold }, now);
         self.slots.update(no, |slot| slot.used = true);
-        self.slots.alarm(no, limit.map(|limit| now + limit));
+        self.slots.alarm(no, limit.map(|limit| after(now, limit)));
         self.totals.acquired += 1;
         if self.health.gate().failures > 0 {
             self.health.succeed();

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
 
-use super::backoff::{Backoff, Random};
+use super::backoff::{Backoff, Random, after};
 use super::closing::Closing;
 use super::events::{Details, EventKind, Events, Journal};
 use super::message::{Mailbox, Message, Waiter};
@@ -235,7 +235,7 @@ impl Supervisor {
     pub(super) fn create_gate(&self) -> Gate {
         let (create, health) = (self.create.gate(), self.health.gate());
         let interval = self.shared.config.create_interval;
-        let paced = self.last_attempt.filter(|_| !interval.is_zero()).map(|last| last + interval);
+        let paced = self.last_attempt.filter(|_| !interval.is_zero()).map(|last| after(last, interval));
         Gate {
             failures: create.failures.max(health.failures),
             opens: [create.opens, health.opens, paced].into_iter().flatten().max(),
