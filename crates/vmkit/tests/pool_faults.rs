@@ -99,7 +99,7 @@ async fn what_cannot_be_deleted_is_listed_and_tried_again() {
     }
     assert_eq!(lease.delete().await.unwrap_err().kind(), ErrorKind::Backend);
     let status = pool.status().await;
-    assert_eq!(ids(&status, VmPhase::Leaked), [stuck.clone()]);
+    assert_eq!(ids(&status, VmPhase::Leaked), std::slice::from_ref(&stuck));
     assert!(status.vms.iter().find(|vm| vm.id == stuck).unwrap().problem.is_some());
     let status = full(&pool, 1).await;
     assert_eq!((status.totals.delete_failures, status.totals.deleted), (3, 1));
@@ -276,7 +276,7 @@ async fn a_close_with_a_hung_deletion_returns_in_time_and_names_it() {
     let (one, other) = tokio::join!(pool.close(secs(600)), pool.close(secs(30)));
     assert_eq!(began.elapsed(), secs(30), "the earliest of their limits");
     assert_eq!(one.left, other.left, "one result for both");
-    assert_eq!(one.left.iter().map(|left| left.id.clone()).collect::<Vec<_>>(), [stuck.clone()]);
+    assert_eq!(one.left.iter().map(|left| left.id.clone()).collect::<Vec<_>>(), std::slice::from_ref(&stuck));
     assert_eq!(one.deleted, 2);
     let error = one.into_result().unwrap_err();
     assert!(error.details().unwrap().contains(stuck.as_str()), "{error:?}");

@@ -70,7 +70,7 @@ async fn a_greedy_key_does_not_starve_another() {
     for task in tasks {
         task.await.unwrap();
     }
-    let order = order.lock().unwrap();
+    let order = order.lock().unwrap().clone();
     let light = order[..20].iter().filter(|key| **key == "light").count();
     assert_eq!(light, 5, "one of four, as the weights say: {order:?}");
     close(&pool, &world).await;
@@ -314,4 +314,53 @@ async fn callers_that_end_take_nothing_with_them() {
     closing.abort();
     until(&pool, "closed", |status| status.phase == vmkit::pool::PoolPhase::Closed).await;
     assert_eq!(world.residue(), Vec::<String>::new());
+}
+
+/// Who was given a dead machine is next, before those who came later.
+#[tokio::test(start_paused = true)]
+async fn a_dead_machine_costs_no_place() {
+    let (world, builder) = pool();
+    let pool = builder.size(1).build().unwrap();
+    pool.start().await.unwrap();
+    let status = full(&pool, 1).await;
+    world.fault(Some(&status.vms[0].id), Verb::Ping, vmkit::sim::Fault::Slow(secs(2)));
+    world.fault(Some(&status.vms[0].id), Verb::Ping, vmkit::sim::Fault::Err);
+    world.step_at(&[Verb::Ping]);
+    let first = tokio::spawn(pool.acquire().holder("first").timeout(LONG).queue());
+    world.wait_parked(&status.vms[0].id, Verb::Ping).await;
+    let second = tokio::spawn(pool.acquire().holder("second").timeout(LONG).queue());
+    tokio::time::sleep(secs(1)).await;
+    world.crash(&status.vms[0].id, 1);
+    world.stepping(false);
+    let lease = first.await.unwrap().unwrap();
+    assert_ne!(*lease.id(), status.vms[0].id);
+    assert!(!second.is_finished());
+    drop(lease);
+    drop(second.await.unwrap().unwrap());
+    close(&pool, &world).await;
+}
+
+/// A caller that queued and then never looked again keeps no machine from others.
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_does_not_look_is_passed_over() {
+    let (world, builder) = pool();
+    let pool = builder.size(1).build().unwrap();
+    pool.start().await.unwrap();
+    let lease = pool.acquire().await.unwrap();
+    let idle = pool.acquire().timeout(secs(5)).queue();
+    tokio::time::sleep(secs(10)).await;
+    drop(lease);
+    let lease = pool.acquire().await.unwrap();
+    assert_eq!(pool.status().await.totals.unfit, 0, "no machine was wasted on it");
+    assert_eq!(idle.await.unwrap_err().kind(), ErrorKind::TimedOut);
+    // One that was granted, in time, what it then does not take.
+    let idle = pool.acquire().timeout(secs(60)).queue();
+    drop(lease);
+    until(&pool, "granted", |status| status.counts.unreleased == 1 && status.counts.waiting == 0).await;
+    let lease = pool.acquire().timeout(LONG).await.unwrap();
+    assert_eq!(pool.status().await.totals.unfit, 1);
+    assert!(idle.await.is_err(), "it was taken back");
+    drop(lease);
+    full(&pool, 1).await;
+    close(&pool, &world).await;
 }
