@@ -14,6 +14,8 @@ pub struct Answered {
     pub machine: Id,
     pub acquire: Duration,
     pub command: Duration,
+    /// Until it was deleted; no part of the latency. Absent when that failed: the pool then tries again.
+    pub delete: Option<Duration>,
 }
 
 impl Answered {
@@ -99,7 +101,7 @@ pub fn each(series: &Series) -> String {
         });
         cells
     };
-    let header = ["PATTERN", "REQUEST", "MACHINE", "ACQUIRE", "COMMAND", "TOTAL"];
+    let header = ["PATTERN", "REQUEST", "MACHINE", "ACQUIRE", "COMMAND", "TOTAL", "DELETE"];
     aligned(&header, series.requests.iter().enumerate().map(row).collect(), 3)
 }
 
@@ -131,7 +133,7 @@ mod tests {
     fn series(latencies: &[u64], failures: usize) -> Series {
         let answered = |&time: &u64| {
             let acquire = Duration::from_millis(time - 1);
-            Ok(Answered { machine: Id::new("m").unwrap(), acquire, command: Duration::from_millis(1) })
+            Ok(Answered { machine: Id::new("m").unwrap(), acquire, command: Duration::from_millis(1), delete: None })
         };
         let failed = (0..failures).map(|at| Err(Error::new(ErrorKind::TimedOut, format!("failure {at}"))));
         Series { pattern: Pattern::Burst, requests: failed.chain(latencies.iter().map(answered)).collect() }

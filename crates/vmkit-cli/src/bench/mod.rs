@@ -30,6 +30,9 @@ use figures::{Figures, Series};
 
 pub use args::BenchCommand;
 
+/// How long making an image may take to be given up.
+const GIVES_UP: Duration = Duration::from_secs(10);
+
 pub async fn dispatch(args: &Args, command: &BenchCommand, output: &Output) -> Result<u8, Failure> {
     match command {
         BenchCommand::Pool(bench) => bench_pool(args, bench, output).await,
@@ -42,11 +45,23 @@ async fn bench_pool(args: &Args, bench: &PoolArgs, output: &Output) -> Result<u8
     // What cannot work is said before minutes are spent.
     bench.config().check()?;
     let svg = bench.svg.as_deref().map(plot::Target::open).transpose()?;
-    let made = tokio::select! {
-        made = builder(args, bench, output) => made,
-        signal = signals.next() => return Ok(signals::exit_code(signal)),
+    let context = match bench.backend {
+        Backend::Sim => None,
+        Backend::Qemu => Some(tokio::select! {
+            context = Context::open(args, output) => context?,
+            signal = signals.next() => return Ok(signals::exit_code(signal)),
+        }),
     };
-    let (builder, hold) = made?;
+    let made = builder(context, bench);
+    tokio::pin!(made);
+    let (builder, hold) = tokio::select! {
+        made = &mut made => made?,
+        signal = signals.next() => {
+            // The same signal has the image given up; this waits for it.
+            let _ = tokio::time::timeout(GIVES_UP, made).await;
+            return Ok(signals::exit_code(signal));
+        }
+    };
     let pool = builder.config(bench.config()).build()?;
     let measured = tokio::select! {
         measured = pool::measure(&pool, bench, output) => measured.map_err(Failure::from),
@@ -73,17 +88,17 @@ async fn bench_pool(args: &Args, bench: &PoolArgs, output: &Output) -> Result<u8
     Ok(0)
 }
 
-/// The pool's backend and what its machines are, and a hold on their image for as long as machines are made of it.
-async fn builder(args: &Args, bench: &PoolArgs, output: &Output) -> Result<(PoolBuilder, Option<Hold>), Error> {
-    Ok(match bench.backend {
-        Backend::Sim => {
+/// A pool of real machines, or without a context of simulated ones, and a hold on their image for as long as machines are made
+/// of it.
+async fn builder(context: Option<Context>, bench: &PoolArgs) -> Result<(PoolBuilder, Option<Hold>), Error> {
+    Ok(match context {
+        None => {
             let world = World::new();
             world.log_calls(false);
             let source = Source::Alias(bench.shape.image.clone());
             (Pool::builder(Host::new(SimProvider::new(world)), spec(&bench.shape, source)), None)
         }
-        Backend::Qemu => {
-            let context = Context::open(args, output).await?;
+        Some(context) => {
             let (image, hold) = context.image(&bench.shape.image).await?;
             (Pool::builder(context.host, spec(&bench.shape, Source::Boot(image))), Some(hold))
         }

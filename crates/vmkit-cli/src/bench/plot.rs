@@ -12,6 +12,8 @@ use super::args::Pattern;
 use super::figures::{self, Series};
 
 const SIZE: (u32, u32) = (760, 420);
+/// Where each pattern's name stands.
+const LEGEND: [i32; 3] = [80, 300, 520];
 const INK: RGBColor = RGBColor(0x24, 0x29, 0x2f);
 const GRID: RGBColor = RGBColor(0xd8, 0xde, 0xe4);
 
@@ -96,7 +98,10 @@ fn chart(drawing: &mut String, all: &[Series], title: &str) -> std::result::Resu
     let (least, most) = range(all);
     let mut chart = ChartBuilder::on(&root)
         .caption(title, font(18))
+        .top_x_label_area_size(28)
         .margin(16)
+        // Room for the last label, and for the legend: there, no curve runs through it.
+        .margin_right(40)
         .x_label_area_size(48)
         .y_label_area_size(64)
         .build_cartesian_2d((least..most).log_scale().with_key_points(ticks(least, most)), 0.0..100.0)?;
@@ -114,20 +119,12 @@ fn chart(drawing: &mut String, all: &[Series], title: &str) -> std::result::Resu
         .y_label_formatter(&|percent| format!("{percent:.0}%"))
         .draw()?;
     for series in all {
-        let style = colour(series.pattern).stroke_width(2);
-        chart
-            .draw_series(LineSeries::new(steps(series), style))?
-            .label(legend(series))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+        chart.draw_series(LineSeries::new(steps(series), colour(series.pattern).stroke_width(2)))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .margin(12)
-        .background_style(WHITE)
-        .border_style(GRID)
-        .label_font(font(13))
-        .draw()?;
+    for (series, left) in all.iter().zip(LEGEND) {
+        root.draw(&PathElement::new([(left, 62), (left + 20, 62)], colour(series.pattern).stroke_width(2)))?;
+        root.draw(&Text::new(legend(series), (left + 26, 57), font(13)))?;
+    }
     root.present()?;
     drop(chart);
     Ok(())

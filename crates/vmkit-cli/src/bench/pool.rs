@@ -199,7 +199,7 @@ fn keep(ended: Ended, bar: &Bar) -> Option<(u32, Result<Answered>)> {
     }
 }
 
-/// One request, from when it was wanted. Its machine is given back when the answer is there, and deleted by the pool.
+/// One request, from when it was wanted. Its machine is deleted when the answer is there, or when there is none.
 async fn request(pool: Pool, question: Question, limit: Duration, wanted: Instant) -> Result<Answered> {
     let left = || limit.saturating_sub(wanted.elapsed());
     let lease = pool.acquire().timeout(left()).await?;
@@ -213,7 +213,8 @@ async fn request(pool: Pool, question: Question, limit: Duration, wanted: Instan
             .on(lease.id().as_str())
             .hint(format!("{:?} was expected: use an image that has it", question.answer)));
     }
-    Ok(Answered { machine: lease.id().clone(), acquire, command })
+    let delete = lease.delete().await.ok().map(|()| wanted.elapsed() - command - acquire);
+    Ok(Answered { machine: lease.id().clone(), acquire, command, delete })
 }
 
 /// How far it is, on a terminal.
