@@ -95,9 +95,11 @@ pub fn each(series: &Series) -> String {
         let mut cells = vec![series.pattern.name().to_owned(), (at + 1).to_string()];
         cells.extend(match request {
             Ok(done) => {
-                [done.machine.to_string(), text(ms(done.acquire)), text(ms(done.command)), text(ms(done.latency()))]
+                let deleted = done.delete.map_or("failed".to_owned(), |time| text(ms(time)));
+                let [acquire, command, total] = [done.acquire, done.command, done.latency()].map(|time| text(ms(time)));
+                [done.machine.to_string(), acquire, command, total, deleted]
             }
-            Err(_) => ["failed", "-", "-", "-"].map(str::to_owned),
+            Err(_) => ["failed", "-", "-", "-", "-"].map(str::to_owned),
         });
         cells
     };

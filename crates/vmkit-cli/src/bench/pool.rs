@@ -1,9 +1,10 @@
 //! Requests to a pool, in patterns.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use vmkit::pool::{EventKind, Next, Pool};
 use vmkit::{Error, ErrorKind, Result};
 
@@ -36,36 +37,12 @@ impl Question {
 /// When the pool does not fill, and when no request of a pattern is answered. The pool is the caller's to close.
 pub async fn measure(pool: &Pool, bench: &PoolArgs, output: &Output) -> Result<Vec<Series>> {
     start(pool, bench, output).await?;
-    let work = Work { pool, question: Question::to(bench.backend), limit: bench.timeout };
+    let mut work = Work::new(pool, bench);
     let mut measured = Vec::new();
-    let mut interval = Duration::ZERO;
     for pattern in bench.patterns() {
-        work.full(|_| ()).await?;
-        let bar = Bar::new(output, pattern.name(), bench.requests.into());
-        let requests = match pattern {
-            Pattern::Sequential => work.sequential(bench.requests, &bar).await?,
-            Pattern::Staggered => {
-                let every = figures::text(figures::ms(interval));
-                output.note(format!("staggered: a request every {every}, half of the sequential median"));
-                work.at_intervals(bench.requests, interval, &bar).await
-            }
-            Pattern::Burst => work.at_intervals(bench.requests, Duration::ZERO, &bar).await,
-        };
-        drop(bar);
-        let series = Series { pattern, requests };
-        if let Some((count, first)) = series.failed() {
-            let what = format!("{}: {count} of {} requests failed; the first", pattern.name(), series.requests.len());
-            match series.figures() {
-                Some(_) => output.warn_of(&what, first),
-                None => {
-                    let all = format!("{}: none of {count} requests was answered", pattern.name());
-                    let hint = first.next_step().unwrap_or("`vmkit run -- uname` shows whether a single machine works");
-                    return Err(Error::new(first.kind(), all).hint(hint).caused_by(first.duplicate()));
-                }
-            }
-        }
+        let series = work.series(pattern, bench, output).await?;
         if let Some(figures) = series.figures().filter(|_| pattern == Pattern::Sequential) {
-            interval = Duration::from_secs_f64(figures.median_ms / 2000.0);
+            work.interval = Duration::from_secs_f64(figures.median_ms / 2000.0);
         }
         measured.push(series);
     }
@@ -82,8 +59,7 @@ async fn start(pool: &Pool, bench: &PoolArgs, output: &Output) -> Result<()> {
         started = pool.start() => started?,
         error = hopeless(pool) => return Err(error),
     }
-    let work = Work { pool, question: Question::to(bench.backend), limit: bench.timeout };
-    work.full(|ready| bar.reach(ready)).await?;
+    Work::new(pool, bench).full(|ready| bar.reach(ready)).await?;
     drop(bar);
     let (size, staging) = (bench.size, bench.staging);
     output.note(format!("filled: {size} machines, {staging}, in {}", seconds(began.elapsed())));
@@ -112,9 +88,42 @@ struct Work<'a> {
     pool: &'a Pool,
     question: Question,
     limit: Duration,
+    /// Between staggered requests.
+    interval: Duration,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    fn new(pool: &'a Pool, bench: &PoolArgs) -> Work<'a> {
+        Work { pool, question: Question::to(bench.backend), limit: bench.timeout, interval: Duration::ZERO }
+    }
+
+    /// A pattern's requests, on a pool that is full when they begin.
+    async fn series(&self, pattern: Pattern, bench: &PoolArgs, output: &Output) -> Result<Series> {
+        self.full(|_| ()).await?;
+        let (name, count) = (pattern.name(), bench.requests);
+        if pattern == Pattern::Staggered {
+            let every = figures::text(figures::ms(self.interval));
+            output.note(format!("{name}: a request every {every}, half of the sequential median"));
+        }
+        let bar = Bar::new(output, name, count.into());
+        let requests = match pattern {
+            Pattern::Sequential => self.sequential(count, &bar).await?,
+            Pattern::Staggered => self.at_intervals(count, self.interval, &bar).await,
+            Pattern::Burst => self.at_intervals(count, Duration::ZERO, &bar).await,
+        };
+        drop(bar);
+        let series = Series { pattern, requests };
+        let Some((failed, first)) = series.failed() else { return Ok(series) };
+        if series.figures().is_none() {
+            let hint = first.next_step().unwrap_or("`vmkit run -- uname` shows whether a single machine works");
+            return Err(Error::new(first.kind(), format!("{name}: none of {count} requests was answered"))
+                .hint(hint)
+                .caused_by(first.duplicate()));
+        }
+        output.warn_of(&format!("{name}: {failed} of {count} requests failed; the first"), first);
+        Ok(series)
+    }
+
     /// Waits until every machine is ready, and tells how many are.
     async fn full(&self, told: impl Fn(u64)) -> Result<()> {
         let size = self.pool.config().size();
@@ -251,5 +260,78 @@ impl Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.0.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use vmkit::sim::{Fault, Latency, SimProvider, Verb, World};
+    use vmkit::{Host, Source, Spec};
+
+    use super::*;
+    use crate::args::{Args, Command};
+    use crate::bench::BenchCommand;
+
+    const QUIET: Output = Output { json: false, quiet: true };
+
+    fn asked(more: &[&str]) -> PoolArgs {
+        let all = ["vmkit", "bench", "pool", "--backend", "sim", "--size", "2", "--requests", "4"];
+        match Args::parse_from(all.iter().chain(more)).command {
+            Command::Bench { command: BenchCommand::Pool(bench) } => *bench,
+            _ => unreachable!("that is the command"),
+        }
+    }
+
+    fn pool(world: &World, bench: &PoolArgs) -> Pool {
+        let host = Host::new(SimProvider::new(world.clone()));
+        Pool::builder(host, Spec::new(Source::Alias("base".into()))).config(bench.config()).build().unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_that_fail_count_and_the_others_go_on() {
+        let (world, bench) = (World::new(), asked(&[]));
+        let pool = pool(&world, &bench);
+        world.fault(None, Verb::Spawn, Fault::Err);
+        let measured = measure(&pool, &bench, &QUIET).await.unwrap();
+        assert_eq!(measured.iter().map(|series| series.pattern).collect::<Vec<_>>(), Pattern::ALL);
+        let figures: Vec<f64> = measured.iter().map(|series| series.figures().unwrap().success).collect();
+        assert_eq!(figures, [0.75, 1.0, 1.0], "the first command of all failed");
+        let (count, error) = measured[0].failed().unwrap();
+        assert!(count == 1 && measured[0].requests[0].is_err(), "{error}");
+        assert_eq!(pool.close(Duration::from_secs(60)).await.left, []);
+        assert_eq!(world.residue(), Vec::<String>::new());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pattern_without_an_answer_is_an_error_and_so_is_a_wrong_answer() {
+        let (world, bench) = (World::new(), asked(&[]));
+        let pool = pool(&world, &bench);
+        start(&pool, &bench, &QUIET).await.unwrap();
+        // `uname` is there, and is not the system that was expected.
+        let work = Work { question: Question::to(Backend::Qemu), ..Work::new(&pool, &bench) };
+        let error = work.at_intervals(1, Duration::ZERO, &Bar::new(&QUIET, "", 1)).await.remove(0).unwrap_err();
+        assert!(error.message().contains(r#"answered "Linux sim\n""#), "{error}");
+        for _ in 0..bench.requests {
+            world.fault(None, Verb::Spawn, Fault::Err);
+        }
+        let error = Work { question: Question::to(Backend::Sim), ..work }.series(Pattern::Burst, &bench, &QUIET).await;
+        assert!(error.unwrap_err().message().contains("none of 4 requests"));
+        assert_eq!(pool.close(Duration::from_secs(60)).await.left, []);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pool_that_does_not_fill_is_late_or_hopeless() {
+        let (world, bench) = (World::new(), asked(&["--timeout", "10s"]));
+        world.latency(Latency { boot: Duration::from_secs(60), ..Latency::default() });
+        let late = pool(&world, &bench);
+        assert_eq!(measure(&late, &bench, &QUIET).await.unwrap_err().kind(), ErrorKind::TimedOut);
+        assert_eq!(late.close(Duration::from_secs(600)).await.left, []);
+        let host = Host::new(SimProvider::new(world.clone()));
+        let hopeless = Pool::builder(host, Spec::new(Source::Alias("missing".into()))).config(bench.config());
+        let hopeless = hopeless.build().unwrap();
+        assert_eq!(measure(&hopeless, &bench, &QUIET).await.unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(hopeless.close(Duration::from_secs(60)).await.left, []);
+        assert_eq!(world.residue(), Vec::<String>::new());
     }
 }
