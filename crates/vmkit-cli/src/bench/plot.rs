@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
 use plotters::style::FontDesc;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use vmkit::{Error, ErrorKind, Result};
 
 use super::args::Pattern;
 use super::figures::{self, Series};
 
 const SIZE: (u32, u32) = (760, 420);
+/// How high title and legend are.
+const HEAD: u32 = 60;
 /// Where each pattern's name stands.
 const LEGEND: [i32; 3] = [80, 300, 520];
 const INK: RGBColor = RGBColor(0x24, 0x29, 0x2f);
@@ -96,11 +99,17 @@ fn chart(drawing: &mut String, all: &[Series], title: &str) -> std::result::Resu
     root.fill(&WHITE)?;
     let font = |size: u32| FontDesc::from(("sans-serif", size)).color(&INK);
     let (least, most) = range(all);
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, font(18))
-        .top_x_label_area_size(28)
-        .margin(16)
-        // Room for the last label, and for the legend: there, no curve runs through it.
+    // The legend stands above the curves: wherever else, one may run through it.
+    let (head, body) = root.split_vertically(HEAD);
+    let centred = font(18).pos(Pos::new(HPos::Center, VPos::Top));
+    head.draw(&Text::new(title, (SIZE.0 as i32 / 2, 14), centred))?;
+    for (series, left) in all.iter().zip(LEGEND) {
+        head.draw(&PathElement::new([(left, 52), (left + 20, 52)], colour(series.pattern).stroke_width(2)))?;
+        head.draw(&Text::new(legend(series), (left + 26, 46), font(13)))?;
+    }
+    let mut chart = ChartBuilder::on(&body)
+        .margin(12)
+        // Room for half of the last label.
         .margin_right(40)
         .x_label_area_size(48)
         .y_label_area_size(64)
@@ -120,10 +129,6 @@ fn chart(drawing: &mut String, all: &[Series], title: &str) -> std::result::Resu
         .draw()?;
     for series in all {
         chart.draw_series(LineSeries::new(steps(series), colour(series.pattern).stroke_width(2)))?;
-    }
-    for (series, left) in all.iter().zip(LEGEND) {
-        root.draw(&PathElement::new([(left, 62), (left + 20, 62)], colour(series.pattern).stroke_width(2)))?;
-        root.draw(&Text::new(legend(series), (left + 26, 57), font(13)))?;
     }
     root.present()?;
     drop(chart);
