@@ -8,6 +8,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use vmkit::{Id, State};
 use vmkit_backends::qemu::Accelerator;
 
+use crate::bench::BenchCommand;
+
 /// Virtual machines, now: clone, start, execute, suspend, stop, delete.
 #[derive(Parser, Debug)]
 #[command(name = "vmkit", version, about, max_term_width = 100, after_help = AFTER)]
@@ -138,6 +140,11 @@ pub enum Command {
         #[arg(long, value_enum, default_value = "text")]
         format: StatesFormat,
     },
+    /// Measure how long what vmkit does takes here
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
     /// Check that everything that is needed is there, and say how to get what is not
     Doctor,
     /// Print completions for a shell
@@ -262,7 +269,7 @@ pub enum StatesFormat {
 }
 
 /// A name, or the rule that it breaks.
-fn id(name: &str) -> Result<Id, String> {
+pub fn id(name: &str) -> Result<Id, String> {
     Id::new(name).map_err(|error| format!("{}; {}", error.message(), error.next_step().unwrap_or_default()))
 }
 
@@ -275,7 +282,7 @@ fn accelerator(word: &str) -> Result<Accelerator, String> {
 }
 
 /// `30s`, `1m 30s`, `500ms`; a bare number is seconds.
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     if text.starts_with('-') {
         return Err("a time cannot be negative".into());
     }

@@ -3,6 +3,7 @@
 //! Thin: arguments are parsed and lowered once, a command is carried out, its error becomes text and an exit code.
 
 mod args;
+mod bench;
 mod child;
 mod context;
 mod doctor;
@@ -73,6 +74,7 @@ async fn dispatch(args: &Args, output: &Output) -> Result<u8, Failure> {
         Command::Inspect { name } => list::inspect(args, name, output).await,
         Command::Console { name, follow, lines } => list::console(args, name, *follow, *lines).await,
         Command::Image { command } => image::dispatch(args, command, output).await,
+        Command::Bench { command } => bench::dispatch(args, command, output).await,
         Command::Doctor => doctor::doctor(args, output),
         Command::States { .. } | Command::Completions { .. } => unreachable!("carried out without a runtime"),
     }

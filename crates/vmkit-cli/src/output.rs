@@ -3,7 +3,7 @@
 use std::error::Error as _;
 
 use anstyle::{AnsiColor, Style};
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 use vmkit::{Error, ErrorKind};
 
@@ -73,6 +73,17 @@ impl Output {
         }
     }
 
+    /// An error that does not end the command, and what it means for it.
+    pub fn warn_of(&self, what: &str, error: &Error) {
+        if self.json {
+            let mut value = failure_json(error);
+            value["warning"] = what.into();
+            return say_json(&value);
+        }
+        let yellow = AnsiColor::Yellow.on_default().bold();
+        say(&format!("{yellow}warning:{yellow:#} {what}: {}", at_length(error)));
+    }
+
     /// A result: one JSON document, or what `text` makes of it.
     pub fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) -> Result<(), Failure> {
         let text = if self.json { pretty(value)? } else { text() };
@@ -84,20 +95,25 @@ impl Output {
         if self.json {
             return say_json(&failure_json(&failure.error));
         }
-        let mut text = format!("{RED}error:{RED:#} {}\n", failure.error);
-        let mut source = failure.error.source();
-        while let Some(cause) = source {
-            text.push_str(&format!("  because: {cause}\n"));
-            source = cause.source();
-        }
-        for line in failure.error.details().unwrap_or_default().trim_end().lines() {
-            text.push_str(&format!("  {DIM}| {line}{DIM:#}\n"));
-        }
-        if let Some(hint) = failure.error.next_step() {
-            text.push_str(&format!("  next: {hint}\n"));
-        }
-        say(&text);
+        say(&format!("{RED}error:{RED:#} {}", at_length(&failure.error)));
     }
+}
+
+/// An error, why, what explains it, and what to do next: a line each.
+fn at_length(error: &Error) -> String {
+    let mut text = format!("{error}\n");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!("  because: {cause}\n"));
+        source = cause.source();
+    }
+    for line in error.details().unwrap_or_default().trim_end().lines() {
+        text.push_str(&format!("  {DIM}| {line}{DIM:#}\n"));
+    }
+    if let Some(hint) = error.next_step() {
+        text.push_str(&format!("  next: {hint}\n"));
+    }
+    text
 }
 
 /// Text on standard error, coloured where that is wanted. Nobody can be told that it cannot be written; what was to be done
@@ -179,11 +195,19 @@ pub fn print_some(bytes: &[u8]) -> Result<bool, Failure> {
 
 /// A table for people: no lines, columns as wide as they must be.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    aligned(header, rows, header.len())
+}
+
+/// A table whose columns from one on are numbers, which stand on the right.
+pub fn aligned(header: &[&str], rows: Vec<Vec<String>>, numbers: usize) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(header);
     table.add_rows(rows);
-    for column in table.column_iter_mut() {
+    for (at, column) in table.column_iter_mut().enumerate() {
         column.set_padding((0, 2));
+        if at >= numbers {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
