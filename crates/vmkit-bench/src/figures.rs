@@ -37,6 +37,19 @@ pub const OURS: &[Figure] = &[
     figure("suspend_fsync", Some("suspend"), None, "the same, written through to the disk"),
     figure("resume_ping", Some("resume_disk"), None, "start of a suspended machine, to the agent's answer"),
     figure("resume", Some("resume_process"), None, "the same, to a process's answer"),
+    figure(
+        "acquire_running",
+        Some("process_warm"),
+        Some(Target::Ratio(1.5)),
+        "from a running, warm pool, to a process's answer",
+    ),
+    figure(
+        "acquire_suspended",
+        Some("resume_answer"),
+        Some(Target::Ratio(1.5)),
+        "from a suspended pool, to a process's answer",
+    ),
+    figure("acquire_stopped", Some("cold_boot"), None, "from a stopped pool, to a process's answer"),
     figure("clone", None, None, "create and clone"),
     figure("delete", None, None, "forced stop and delete"),
     figure("states_ms", None, Some(Target::Milliseconds(10.0)), "`vmkit states`, to its exit"),
@@ -54,6 +67,7 @@ pub const FLOOR: &[(&str, &str)] = &[
     ("suspend", "devices' state to a file, memory in a file of its own"),
     ("resume_disk", "start of QEMU on those files, to a builtin's answer"),
     ("resume_process", "the same, to a process's answer"),
+    ("resume_answer", "resume_disk - fork_total + fork_process"),
     ("exec_warm", "a builtin's answer on a warm machine"),
     ("process_warm", "a process's answer on a warm machine"),
     ("forks_per_s", "throw-away machines a second, two at a time"),
@@ -71,6 +85,15 @@ pub fn names() -> Vec<&'static str> {
 /// vmkit's own figure of this name.
 pub fn ours(name: &str) -> Option<&'static Figure> {
     OURS.iter().find(|figure| figure.name == name)
+}
+
+/// What a figure of the floor is computed from: itself, unless nothing measures it alone.
+pub fn parts(floor: &'static str) -> &'static [&'static str] {
+    match FLOOR.iter().position(|(name, _)| *name == floor) {
+        Some(_) if floor == "resume_answer" => &["resume_disk", "fork_total", "fork_process"],
+        Some(at) => std::slice::from_ref(&FLOOR[at].0),
+        None => &[],
+    }
 }
 
 /// Which figures are wanted: all, or some and what they are held against.
@@ -93,8 +116,10 @@ impl Wanted {
 
     /// Whether one of these figures of the floor is wanted.
     pub fn floor(&self, names: &[&str]) -> bool {
-        let beside =
-            |name: &str| self.ours && OURS.iter().any(|figure| figure.floor == Some(name) && self.names(figure.name));
+        let beside = |name: &str| {
+            let held = |figure: &&Figure| figure.floor.is_some_and(|floor| parts(floor).contains(&name));
+            self.ours && OURS.iter().filter(held).any(|figure| self.names(figure.name))
+        };
         self.only.is_empty() || names.iter().any(|name| self.names(name) || beside(name))
     }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
+use vmkit::pool::{Pool, Staging};
 use vmkit::{BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, Instance, Source, Spec, cleanup};
 use vmkit_backends::qemu::{Accelerator, Qemu, QemuConfig};
 
@@ -17,6 +18,10 @@ const REPEATS: usize = 3;
 const WARM: (usize, usize) = (5, 20);
 /// The same process as the floor's.
 const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
+/// What makes a pool's machine warm.
+const WARMS: [&str; 3] = ["sh", "-c", "for n in 1 2 3 4 5; do /bin/busybox uname; done"];
+/// How often it is looked whether a pool is full.
+const FILLS: Duration = Duration::from_millis(20);
 /// How long removing a machine may take.
 const CLEANUP: Duration = Duration::from_secs(60);
 
@@ -39,6 +44,9 @@ impl Ours {
     pub const BOOT: &[&str] = &["clone", "cold_boot", "exec_warm", "process_warm", "out_mib_s"];
     /// What [`suspend`](Ours::suspend) measures.
     pub const SUSPEND: &[&str] = &["suspend", "suspend_fsync", "resume", "resume_ping", "delete"];
+
+    /// What [`pool`](Ours::pool) measures.
+    pub const POOL: &[&str] = &["acquire_running", "acquire_suspended", "acquire_stopped"];
 
     /// Machines in `dir`, made from `image`.
     ///
@@ -131,6 +139,40 @@ impl Ours {
         };
         run(&self.runtime, &self.stop, measure)?;
         self.parked = None;
+        Ok(())
+    }
+
+    /// Acquires from pools of each staging; every machine is deleted at the end. All are held until then, so that no measurement
+    /// has a replacement beside it.
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn pool(&mut self, samples: &mut Samples) -> Result<()> {
+        let stagings = [Staging::Running, Staging::Suspended, Staging::Stopped];
+        for (name, staging) in Ours::POOL.iter().zip(stagings) {
+            let size = if staging == Staging::Stopped { 1 } else { REPEATS };
+            let pool = Pool::builder(self.host.clone(), self.spec.clone()).name(name).size(size).staging(staging);
+            // Warm is what has executed something since its QEMU began.
+            let pool = pool.ready_command(WARMS).create_concurrency(1).build()?;
+            let measure = async {
+                pool.start().await?;
+                while pool.status().await.counts.ready.sum() < size {
+                    tokio::time::sleep(FILLS).await;
+                }
+                let mut held = Vec::new();
+                for _ in 0..size {
+                    let clock = Instant::now();
+                    let lease = pool.acquire().await?;
+                    say(&lease, PROCESS.0, PROCESS.1).await?;
+                    samples.add(name, ms(clock.elapsed()));
+                    held.push(lease);
+                }
+                Ok(())
+            };
+            let measured = run(&self.runtime, &self.stop, measure);
+            self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
+            measured?;
+        }
         Ok(())
     }
 

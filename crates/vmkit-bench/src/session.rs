@@ -125,6 +125,9 @@ impl Session {
         if wanted.ours(Ours::SUSPEND) {
             ours.suspend(&mut report.ours)?;
         }
+        if wanted.ours(Ours::POOL) {
+            ours.pool(&mut report.ours)?;
+        }
         if wanted.floor(Floor::FORK) {
             floor.fork(&mut report.floor)?;
         }

@@ -637,3 +637,29 @@ async fn limits_may_be_endless() {
     assert!(pool.close(ever).await.is_clean());
     assert_eq!(world.residue(), Vec::<String>::new());
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_ready_command_is_executed_once_after_each_boot() {
+    for staging in [Staging::Running, Staging::Suspended, Staging::Stopped] {
+        let (world, builder) = pool();
+        let pool = builder.size(1).staging(staging).ready_command(["counter"]).build().unwrap();
+        pool.start().await.unwrap();
+        let lease = pool.acquire().timeout(LONG).await.unwrap();
+        // It counts in the guest's memory: once before this.
+        assert_eq!(lease.command("counter").output().await.unwrap().stdout, b"2\n", "{staging:?}");
+        lease.delete().await.unwrap();
+        drop(lease);
+        close(&pool, &world).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_whose_ready_command_fails_is_never_handed_out() {
+    let (world, builder) = pool();
+    let words = ["sh", "-c", "warn secret; exit 3"];
+    let pool = builder.size(1).ready_command(words).on_failure(OnFailure::FailFast).build().unwrap();
+    let error = pool.start().await.unwrap_err();
+    assert!(error.to_string().contains("ready command \"sh\" ended with exit code 3"), "{error:?}");
+    assert_eq!(pool.acquire().timeout(secs(60)).await.unwrap_err().kind(), ErrorKind::Backend);
+    close(&pool, &world).await;
+}

@@ -106,6 +106,12 @@ impl PoolBuilder {
         event_buffer: usize => event_buffer = event_buffer;
     }
 
+    /// Executes this in each machine after it has booted, before it counts as ready.
+    pub fn ready_command(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> PoolBuilder {
+        self.config.ready_command = words.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// Sets the weight of a caller key.
     pub fn weight(mut self, key: impl Into<String>, weight: u32) -> PoolBuilder {
         self.config.weights.insert(key.into(), weight);

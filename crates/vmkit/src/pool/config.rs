@@ -160,6 +160,9 @@ pub struct PoolConfig {
     /// The shortest time between the beginnings of two attempts. 0.
     #[serde(with = "span")]
     pub create_interval: Duration,
+    /// A program and its arguments, executed in each machine after it has booted; one in which it fails is not ready. What it
+    /// loads, a first command need not load. None.
+    pub ready_command: Vec<String>,
     /// How long an acquire waits, unless it says otherwise; `start` as well. 5 min.
     #[serde(with = "span")]
     pub acquire_timeout: Duration,
@@ -211,6 +214,7 @@ impl Default for PoolConfig {
             create_backoff_cap: 30 * second,
             create_concurrency: 4,
             create_interval: Duration::ZERO,
+            ready_command: Vec::new(),
             acquire_timeout: 300 * second,
             max_waiting: 4096,
             on_failure: OnFailure::Wait,

@@ -89,6 +89,7 @@ impl Supervisor {
         let order = Order {
             console: self.console(&id),
             spec: self.parts.spec.clone(),
+            ready: self.shared.config.ready_command.clone(),
             limit: self.shared.config.create_timeout,
             id,
             tier,
@@ -103,8 +104,9 @@ impl Supervisor {
         let (cancel, cancelled) = cancel();
         self.slots.enter(no, Phase::Promoting { _cancel: cancel }, now);
         let (console, limit) = (self.console(instance.id()), self.shared.config.create_timeout);
+        let ready = self.shared.config.ready_command.clone();
         self.task(async move {
-            let result = tasks::promote(instance, console, limit, cancelled).await;
+            let result = tasks::promote(instance, console, ready, limit, cancelled).await;
             Message::Promoted(no, result, now.elapsed())
         });
     }

@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
 use crate::instance::Instance;
 use crate::spec::{Id, Spec};
+use crate::state::State;
 
 /// The label that says which pool a machine belongs to.
 pub(super) const LABEL: &str = "vmkit.pool";
@@ -74,6 +75,7 @@ pub(super) struct Order {
     pub spec: Spec,
     pub tier: Tier,
     pub console: ConsoleSinks,
+    pub ready: Vec<String>,
     pub limit: Duration,
 }
 
@@ -92,6 +94,7 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
         instance.clone_source().instrument(debug_span!("clone")).await?;
         if tier != Tier::Stopped {
             instance.start(order.console).instrument(debug_span!("start")).await?;
+            make_ready(instance, &order.ready).await?;
         }
         if tier == Tier::Suspended {
             instance.suspend().instrument(debug_span!("suspend")).await?;
@@ -103,15 +106,34 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
     Made { result, instance: made.into_inner(), took: began.elapsed() }
 }
 
-/// Starts or resumes a cold machine.
+/// Starts a machine that is off, or resumes it: then it was made ready before it was suspended.
 pub(super) async fn promote(
     instance: Instance,
     console: ConsoleSinks,
+    ready: Vec<String>,
     limit: Duration,
     cancel: oneshot::Receiver<()>,
 ) -> Result<()> {
     let span = debug_span!("start", vm = instance.id().as_str());
-    bounded(instance.start(console).instrument(span), limit, "starting a machine", cancel).await
+    let boots = instance.state() != State::Suspended;
+    let work = async {
+        instance.start(console).await?;
+        if boots { make_ready(&instance, &ready).await } else { Ok(()) }
+    };
+    bounded(work.instrument(span), limit, "starting a machine", cancel).await
+}
+
+/// Executes the ready command, if there is one. No error contains its arguments.
+async fn make_ready(instance: &Instance, words: &[String]) -> Result<()> {
+    let Some((program, args)) = words.split_first() else { return Ok(()) };
+    let command = instance.command(program.as_str()).args(args.iter().map(String::as_str));
+    let output = command.output().instrument(debug_span!("ready_command")).await?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let message = format!("the pool's ready command {program:?} ended with {}", output.status);
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(Error::new(ErrorKind::Backend, message).on(instance.id().as_str()).with_details(printed))
 }
 
 /// Cools a running machine down.
