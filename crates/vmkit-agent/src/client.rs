@@ -1,5 +1,6 @@
 //! The host's side.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::io;
 use std::pin::Pin;
@@ -7,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -76,6 +79,19 @@ struct Inner {
     waiting: Waiting,
     /// Ends the session at once, also while streams are still held.
     driver: JoinHandle<()>,
+    bye: Mutex<Option<Farewell>>,
+}
+
+/// Ends the session on both sides, and returns the line.
+type Farewell = Box<dyn FnOnce() -> BoxFuture<'static, io::Result<Left>> + Send>;
+
+/// A line without a session, which stays connected until this is dropped.
+pub struct Left(#[expect(dead_code, reason = "it is what keeps the line")] Box<dyn Any + Send + Sync>);
+
+impl std::fmt::Debug for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Left")
+    }
 }
 
 impl Drop for Inner {
@@ -108,24 +124,38 @@ impl Client {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let link = Link::new(line);
-        let nonce = nonce();
-        link.send_handshake(&Handshake { kind: Kind::Hello, version: VERSION, nonce }).await?;
-        loop {
-            let Some(answer) = link.next_handshake().await? else { return Err(AgentError::Handshake) };
-            // An answer to an earlier host may still be on the line.
-            if answer.kind != Kind::Ack || answer.nonce != nonce {
-                continue;
-            }
-            if answer.version != VERSION {
-                return Err(AgentError::Version { host: VERSION, guest: answer.version });
-            }
-            break;
+        let Some(guest) = shake(&link, Kind::Hello).await? else { return Err(AgentError::Handshake) };
+        if guest != VERSION {
+            return Err(AgentError::Version { host: VERSION, guest });
         }
-        let (drive, opener, inbound) = session(link, Mode::Client);
+        let (drive, opener, inbound) = session(link.clone(), Mode::Client);
         let waiting = Waiting::default();
         let driver = tokio::spawn(drive);
         tokio::spawn(dispatch(inbound, waiting.clone()));
-        Ok(Client(Arc::new(Inner { opener, next_id: AtomicU64::new(1), waiting, driver })))
+        let bye: Farewell = Box::new(|| {
+            async move {
+                match shake(&link, Kind::Bye).await? {
+                    Some(_) => Ok(Left(Box::new(link))),
+                    None => Err(io::ErrorKind::UnexpectedEof.into()),
+                }
+            }
+            .boxed()
+        });
+        let (next_id, bye) = (AtomicU64::new(1), Mutex::new(Some(bye)));
+        Ok(Client(Arc::new(Inner { opener, next_id, waiting, driver, bye })))
+    }
+
+    /// Ends the session, and returns when the agent has ended its side: what it has to do for that is done now, and not when a
+    /// guest that was suspended meanwhile goes on. The line stays connected.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the session has ended otherwise.
+    pub async fn leave(&self) -> Result<Left, AgentError> {
+        let Some(bye) = lock(&self.0.bye).take() else { return Err(AgentError::Closed) };
+        self.0.driver.abort();
+        // Until it has stopped, it may still write.
+        self.closed().await;
+        Ok(bye().await?)
     }
 
     /// Returns once the agent has answered this very call.
@@ -438,6 +468,22 @@ async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: wa
         }
         lost
     });
+}
+
+/// Sends a handshake and waits for its answer: the agent's version, or `None` when the line ends first.
+async fn shake<S>(link: &Link<S>, kind: Kind) -> io::Result<Option<u16>>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let nonce = nonce();
+    link.send_handshake(&Handshake { kind, version: VERSION, nonce }).await?;
+    while let Some(answer) = link.next_handshake().await? {
+        // An answer to an earlier host may still be on the line.
+        if answer.kind == Kind::Ack && answer.nonce == nonce {
+            return Ok(Some(answer.version));
+        }
+    }
+    Ok(None)
 }
 
 async fn send(to: &mut (impl AsyncWrite + Unpin), message: &impl serde::Serialize) -> Result<(), AgentError> {

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The protocol's version; both sides must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Begins a handshake frame. All bytes differ, so a match never has to be re-examined.
 pub const MARKER: [u8; 8] = [0xF5, b'v', b'm', b'k', b'i', b't', 0x1A, 0xA7];
@@ -137,8 +137,10 @@ impl Decoder {
 pub enum Kind {
     /// The host begins a session.
     Hello,
-    /// The agent is there.
+    /// The agent is there, or its session has ended.
     Ack,
+    /// The host ends the session, and keeps the line.
+    Bye,
 }
 
 /// A handshake frame.
@@ -160,6 +162,7 @@ impl Handshake {
         out.push(match self.kind {
             Kind::Hello => 1,
             Kind::Ack => 2,
+            Kind::Bye => 3,
         });
         out.push(0);
         out.extend_from_slice(&self.version.to_le_bytes());
@@ -173,6 +176,7 @@ impl Handshake {
         let kind = match frame[0] {
             1 => Kind::Hello,
             2 => Kind::Ack,
+            3 => Kind::Bye,
             _ => return None,
         };
         let version = u16::from_le_bytes([frame[2], frame[3]]);

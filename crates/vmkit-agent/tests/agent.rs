@@ -495,3 +495,25 @@ async fn a_dead_agent_is_an_error_not_a_hang() {
     )
     .unwrap();
 }
+
+#[tokio::test]
+async fn leaving_ends_the_session_on_both_sides_before_it_returns() {
+    let guest = Guest::start();
+    let client = guest.connect().await;
+    let held = client.exec(sh("echo $$; sleep 600")).await.unwrap();
+    let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
+    assert!(!alive(held.pid), "the agent answered before what the session ran was gone");
+    assert!(matches!(client.ping().await, Err(AgentError::Closed)));
+    assert!(matches!(client.leave().await, Err(AgentError::Closed)), "a session ends once");
+    drop((held, left));
+
+    // What a suspend has frozen goes on without it.
+    let client = guest.connect().await;
+    let frozen = client.exec(sh("sleep 600")).await.unwrap();
+    client.freeze(true).await.unwrap();
+    let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
+    assert!(alive(frozen.pid));
+    let group = rustix::process::Pid::from_raw(frozen.pid as i32).unwrap();
+    rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+    drop((frozen, left));
+}

@@ -49,7 +49,7 @@ async fn a_used_machine_is_deleted_and_replaced() {
     let lease = pool.acquire().holder("test").await.unwrap();
     let used = lease.id().clone();
     assert_eq!(lease.command("echo").arg("hi").output().await.unwrap().stdout, b"hi\n");
-    assert_eq!(ids(&*pool.status().await, VmPhase::Held), [used.clone()]);
+    assert_eq!(ids(&*pool.status().await, VmPhase::Held), std::slice::from_ref(&used));
     lease.delete().await.unwrap();
     assert_eq!(lease.state(), State::Deleted);
     assert!(!world.has_disk(&used));
@@ -79,7 +79,7 @@ async fn a_stopped_lease_is_replaced_at_once_while_its_disk_is_read() {
     let _ = lease.stop_and_release(secs(10)).await;
     let pool_size = pool.status().await.counts.counted();
     assert_eq!(pool_size, 1);
-    assert_eq!(lease.release().await.unwrap().stop.is_ok(), true);
+    assert!(lease.release().await.unwrap().stop.is_ok());
     let status = full(&pool, 1).await;
     assert_eq!((status.totals.released, status.totals.replacements), (1, 1));
     close(&pool, &world).await;
@@ -340,11 +340,11 @@ async fn failed_leases_are_kept_under_a_quota_and_a_period() {
     drop(lease);
     // One that succeeded, or was beyond the quota, goes as ever.
     let status = until(&pool, "kept", |status| !ids(status, VmPhase::Kept).is_empty()).await;
-    assert_eq!(ids(&status, VmPhase::Kept), [kept.clone()]);
+    assert_eq!(ids(&status, VmPhase::Kept), std::slice::from_ref(&kept));
     other.mark_failed();
     drop(other);
     let status = until(&pool, "replaced", |status| status.counts.ready.sum() == 3 && status.counts.all() == 4).await;
-    assert_eq!(ids(&status, VmPhase::Kept), [kept.clone()]);
+    assert_eq!(ids(&status, VmPhase::Kept), std::slice::from_ref(&kept));
     // It is there again, with what was in its memory.
     let capsule = pool.take_kept(&kept).await.unwrap();
     assert_eq!(pool.take_kept(&kept).await.unwrap_err().kind(), ErrorKind::NotFound);
@@ -494,4 +494,146 @@ async fn a_pool_may_not_be_named_as_it_likes() {
     assert!(longest.close(LONG).await.is_clean());
     assert_eq!(world.residue(), Vec::<String>::new());
     let _ = id("x");
+}
+
+/// Counts how often each metric was told something.
+#[derive(Clone, Default)]
+struct Counting(std::sync::Arc<std::sync::Mutex<std::collections::BTreeMap<String, u64>>>);
+
+struct One(String, Counting);
+
+impl One {
+    fn told(&self, by: u64) {
+        *self.1.0.lock().unwrap().entry(self.0.clone()).or_default() += by;
+    }
+}
+
+impl metrics::CounterFn for One {
+    fn increment(&self, value: u64) {
+        self.told(value);
+    }
+
+    fn absolute(&self, value: u64) {
+        self.told(value);
+    }
+}
+
+impl metrics::GaugeFn for One {
+    fn increment(&self, _: f64) {}
+
+    fn decrement(&self, _: f64) {}
+
+    fn set(&self, _: f64) {
+        self.told(1);
+    }
+}
+
+impl metrics::HistogramFn for One {
+    fn record(&self, value: f64) {
+        assert!(value >= 0.0);
+        self.told(1);
+    }
+}
+
+impl Counting {
+    fn one(&self, key: &metrics::Key) -> std::sync::Arc<One> {
+        assert!(key.labels().any(|label| label.key() == "pool" && label.value() == "p"), "{key}");
+        let tier = key.labels().find(|label| label.key() == "tier").map(|label| label.value()).unwrap_or_default();
+        std::sync::Arc::new(One(format!("{} {tier}", key.name()).trim().to_owned(), self.clone()))
+    }
+}
+
+impl metrics::Recorder for Counting {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        metrics::Counter::from_arc(self.one(key))
+    }
+
+    fn register_gauge(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::from_arc(self.one(key))
+    }
+
+    fn register_histogram(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::from_arc(self.one(key))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_phase_is_measured() {
+    let counting = Counting::default();
+    let recorder = counting.clone();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let (world, builder) = pool();
+    let pool = builder.tiers(Tiers { running: 1, suspended: 1, stopped: 0 }).build().unwrap();
+    world.fault(None, Verb::Clone, Fault::Err);
+    pool.start().await.unwrap();
+    full(&pool, 2).await;
+    let (one, other) = tokio::join!(pool.acquire(), pool.acquire().env("A", "b"));
+    drop((one.unwrap(), other.unwrap()));
+    full(&pool, 2).await;
+    close(&pool, &world).await;
+    let told = counting.0.lock().unwrap();
+    let exactly = [
+        ("vmkit_pool_queued_seconds", 2),
+        ("vmkit_pool_health_seconds", 1),
+        ("vmkit_pool_bind_seconds", 1),
+        ("vmkit_pool_handed_over_seconds", 2),
+        ("vmkit_pool_create_failed_total", 1),
+        ("vmkit_pool_released_total", 2),
+        ("vmkit_pool_deleted_total", 5),
+    ];
+    for (name, times) in exactly {
+        assert_eq!(told.get(name), Some(&times), "{name}: {told:#?}");
+    }
+    let some =
+        ["vmkit_pool_start_seconds", "vmkit_pool_vms", "vmkit_pool_waiting", "vmkit_pool_create_seconds running"];
+    for name in some {
+        assert!(told.get(name).is_some_and(|times| *times > 0), "{name}: {told:#?}");
+    }
+}
+
+/// A policy of somebody else's, one that sometimes panics.
+#[tokio::test(start_paused = true)]
+async fn another_sizing_may_decide() {
+    struct Odd;
+    impl vmkit::pool::Sizing for Odd {
+        fn total(&self, counts: &vmkit::pool::Counts, limits: &vmkit::pool::Limits) -> usize {
+            assert!(counts.unreleased < 2, "it was to panic");
+            limits.tiers.sum() + 1
+        }
+    }
+    common::pool::quiet();
+    let (world, builder) = pool();
+    let pool = builder.size(2).max(10).sizing(Odd).console(|_| panic!("it was to panic")).build().unwrap();
+    pool.start().await.unwrap();
+    full(&pool, 3).await;
+    let leases = (pool.acquire().await.unwrap(), pool.acquire().await.unwrap());
+    until(&pool, "of its size", |status| status.counts.all() == 2).await;
+    drop(leases);
+    full(&pool, 3).await;
+    close(&pool, &world).await;
+}
+
+/// A limit beyond what a clock can say is none.
+#[tokio::test(start_paused = true)]
+async fn limits_may_be_endless() {
+    let (world, builder) = pool();
+    let ever = Duration::MAX;
+    let builder = builder.acquire_timeout(ever).cleanup_timeout(ever).stop_timeout(ever).create_timeout(ever);
+    let builder = builder.health_interval(ever).health_timeout(ever).max_age(ever).max_idle(ever);
+    let keep = KeepFailed { quota: 1, period: ever };
+    let pool = builder.size(2).keep_failed(keep).build().unwrap();
+    pool.start().await.unwrap();
+    full(&pool, 2).await;
+    let lease = pool.acquire().timeout(ever).time_limit(ever).await.unwrap();
+    lease.mark_failed();
+    drop(lease);
+    until(&pool, "kept", |status| !ids(status, VmPhase::Kept).is_empty()).await;
+    assert!(pool.close(ever).await.is_clean());
+    assert_eq!(world.residue(), Vec::<String>::new());
 }

@@ -148,11 +148,11 @@ impl Outside {
             .tiers(tiers)
             .allowance(allowance)
             .create_concurrency(rng.random_range(1..5))
-            .create_timeout(secs(rng.random_range(4..60)))
+            .create_timeout(secs(rng.random_range(7..60)))
             .cleanup_timeout(secs(rng.random_range(5..60)))
             .health_interval(secs(rng.random_range(5..40)))
             .on_failure(if rng.random_range(0..4) == 0 { OnFailure::FailFast } else { OnFailure::Wait })
-            .event_buffer(1 << 16);
+            .event_buffer(1 << 12);
         if rng.random_range(0..2) == 0 {
             builder = builder.keep_failed(KeepFailed { quota: 1, period: secs(rng.random_range(20..100)) });
         }
@@ -296,8 +296,6 @@ impl Process {
         assert_eq!(self.world.violations(), Vec::<String>::new(), "(I1, I8)");
         let counted = status.counts.counted();
         assert!(counted <= self.most + self.allowance, "{counted} of {} (I4): {status:#?}", self.most);
-        let stuck_beyond = (status.counts.hung + status.counts.leaked).saturating_sub(self.allowance);
-        assert!(status.counts.creating.sum() == 0 || counted + stuck_beyond <= self.most + self.allowance, "(I4)");
         self.listed(&status);
         for vm in &status.vms {
             if !self.watchers.contains_key(&vm.id)
@@ -407,6 +405,7 @@ fn schedules(seeds: std::ops::Range<u64>, odds: Odds) {
         (None, Some(count)) => seeds.start..seeds.start + count,
         (None, None) => seeds,
     };
+    common::pool::quiet();
     for seed in seeds {
         let ran = std::panic::catch_unwind(|| schedule(seed, odds));
         assert!(ran.is_ok(), "seed {seed}: VMKIT_SEED={seed} runs it alone");
@@ -432,5 +431,52 @@ fn schedules_with_many_faults() {
 fn schedules_that_once_failed() {
     for &seed in REGRESSIONS {
         schedule(seed, if seed < 100_000 { Odds::default() } else if seed < 200_000 { Odds::each(0.004) } else { Odds::each(0.03) });
+    }
+}
+
+/// What a schedule did, call by call.
+fn calls(seed: u64) -> Vec<vmkit::sim::Call> {
+    let mut outside = Outside::new(seed, Odds::each(0.01));
+    outside.world.log_calls(true);
+    common::paused().block_on(async {
+        outside.world.random_faults(outside.odds);
+        let mut process = outside.process().await;
+        let mut rng = StdRng::seed_from_u64(outside.rng.random());
+        for _ in 0..STEPS {
+            process.step(&mut rng).await;
+        }
+        process.world.calls()
+    })
+}
+
+#[test]
+fn schedules_are_the_same_for_the_same_seed() {
+    common::pool::quiet();
+    for seed in 0..5 {
+        assert!(calls(seed) == calls(seed), "seed {seed} cannot be replayed");
+    }
+}
+
+/// The rules have teeth: a backend that leaves disks behind and denies it, or lets two operate at once, is caught.
+#[test]
+fn broken_backends_are_caught() {
+    for how in [vmkit::sim::Broken::Leaker, vmkit::sim::Broken::KeepsHalfClones] {
+        let caught = (0..20).any(|seed| {
+            let ran = std::panic::catch_unwind(|| {
+                let mut outside = Outside::new(seed, Odds { err: 0.05, ..Odds::default() });
+                outside.world = outside.world.clone().broken(how);
+                common::paused().block_on(async {
+                    outside.world.random_faults(outside.odds);
+                    let mut process = outside.process().await;
+                    let mut rng = StdRng::seed_from_u64(seed);
+                    for _ in 0..STEPS {
+                        process.step(&mut rng).await;
+                    }
+                    process.end().await;
+                });
+            });
+            ran.is_err()
+        });
+        assert!(caught, "{how:?} was not noticed");
     }
 }

@@ -86,12 +86,13 @@ impl Agent {
                     Line::Lasting => continue,
                 }
             };
-            if hello.kind != Kind::Hello {
-                continue;
+            match hello.kind {
+                Kind::Hello | Kind::Bye => {}
+                Kind::Ack => continue,
             }
-            // Also to a host of another version: it is to know which one this is.
+            // Also to a host of another version: it is to know which one this is. A session that a host ends has ended by now.
             link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce }).await?;
-            if hello.version == VERSION {
+            if hello.kind == Kind::Hello && hello.version == VERSION {
                 self.session(link.clone()).await;
             }
         }

@@ -60,12 +60,14 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
         // A full disk is the guest's error, not a guest that stands still.
         add(&["-device", "virtio-blk-pci,drive=disk,werror=report,rerror=report"]);
     }
-    if begin == Begin::Resume {
-        add(&["-incoming", "defer", "-S"]);
+    match begin {
+        // A machine that resets ends: nobody would load a kernel again, and to hold one costs time and memory.
+        Begin::Resume => add(&["-incoming", "defer", "-S"]),
+        Begin::Boot => {
+            args.extend(["-kernel".into(), path(&image.kernel), "-initrd".into(), path(&image.initramfs)]);
+            args.extend(["-append".into(), cmdline(id, image, accelerator).into()]);
+        }
     }
-    // Also to resume: QEMU would load it on a reset.
-    args.extend(["-kernel".into(), path(&image.kernel), "-initrd".into(), path(&image.initramfs)]);
-    args.extend(["-append".into(), cmdline(id, image, accelerator).into()]);
     args
 }
 
@@ -119,7 +121,8 @@ mod tests {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
         assert!(!text.contains("-incoming") && !text.contains("-net"));
-        assert!(line(Begin::Resume, "tcg").contains(&"defer".to_owned()));
+        let resume = line(Begin::Resume, "tcg");
+        assert!(resume.contains(&"defer".to_owned()) && !resume.contains(&"-kernel".to_owned()), "{resume:?}");
         assert!(text.contains("mitigations=off"));
         let kvm = line(Begin::Boot, "kvm").join(" ");
         assert!(kvm.contains("-cpu host") && !kvm.contains("mitigations"), "{kvm}");

@@ -377,7 +377,7 @@ impl Driver for QemuDriver {
         self.spawn(Begin::Boot, accelerator, &facts.program)?;
         self.follow(0, console);
         let line = self.line.clone();
-        self.until(0, line.first()).await?;
+        self.until(0, async { line.first(line.wire().await?).await }).await?;
         self.mark_ready()
     }
 
@@ -388,15 +388,17 @@ impl Driver for QemuDriver {
         self.clear_way().await?;
         self.spawn(Begin::Resume, &accelerator, &facts.program)?;
         self.follow(from, console);
-        let dir = self.dir.clone();
+        let (dir, line) = (self.dir.clone(), self.line.clone());
         let load = async {
             let mut qmp = connect_qmp(&dir).await?;
+            // Connected when it was saved, connected when it is loaded: the guest is spared the news of both.
+            let wire = line.wire().await?;
             qmp.load(STATE).await.map_err(|error| {
                 error.hint("its saved execution is damaged, or from another QEMU: delete the machine and make it again")
             })?;
-            Ok(qmp)
+            Ok((qmp, wire))
         };
-        let mut qmp = self.until(from, load).await?;
+        let (mut qmp, wire) = self.until(from, load).await?;
         // Spent before the guest goes on: memory that a guest has gone on from no longer fits it.
         layout::rename(&self.file(STATE), &self.file(STATE_SPENT))?;
         if self.config.durable {
@@ -406,7 +408,7 @@ impl Driver for QemuDriver {
         let goes_on = async {
             qmp.cont().await?;
             // Its clock stood still: before anybody executes anything, it is right again.
-            line.first().await?.renew().await.map_err(translate)
+            line.first(wire).await?.renew().await.map_err(translate)
         };
         self.until(from, goes_on).await?;
         self.mark_ready()?;
@@ -417,6 +419,10 @@ impl Driver for QemuDriver {
         let mut qmp = Qmp::connect(&self.dir, QMP).await?;
         // What runs is to survive the loss of its session. A guest whose agent is silent is not one to resume.
         self.ask_agent(async |agent| agent.freeze(true).await).await?;
+        let left = self.line.leave().await;
+        if let Err(error) = &left {
+            debug!(id = %self.id, %error, "the session ends with the guest's suspension instead of before");
+        }
         if let Err(error) = self.save(&mut qmp).await {
             let called_off = async {
                 qmp.cont().await?;

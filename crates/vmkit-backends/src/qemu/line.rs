@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use rustix::fs::{FlockOperation, flock};
+use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use vmkit::{Binding, CommandSpec, Error, ErrorKind, ExitStatus, GuestOps, GuestProcess, ProcessControl, Result};
@@ -57,14 +58,27 @@ impl Line {
         Ok(fresh)
     }
 
+    /// A line to a guest that comes up, as soon as its QEMU listens. Takes as long as that takes: set a deadline.
+    pub async fn wire(&self) -> Result<Wire> {
+        *self.session.lock().await = None;
+        connect(&self.dir, Duration::MAX).await
+    }
+
     /// The first session with a guest that comes up. Takes as long as that takes: set a deadline.
-    pub async fn first(&self) -> Result<Client> {
+    pub async fn first(&self, wire: Wire) -> Result<Client> {
         let mut session = self.session.lock().await;
-        *session = None;
-        let fresh = begin(&self.dir, Duration::MAX).await?;
+        let fresh = greet(wire).await?;
         let client = fresh.client.clone();
         *session = Some(fresh);
         Ok(client)
+    }
+
+    /// Ends the session on both sides and keeps the line connected, so that a guest that is saved now need not do so when it goes
+    /// on. What it returns is to be kept until the guest was saved.
+    pub async fn leave(&self) -> Result<impl Send + use<>> {
+        let Session { client, port } = self.session().await?;
+        let left = tokio::time::timeout(BEGINS, client.leave()).await.map_err(|_| silent())?.map_err(translate)?;
+        Ok((left, port))
     }
 
     /// Lets go of the session: its machine is off.
@@ -81,8 +95,23 @@ fn silent() -> Error {
         .hint("look at the console: `vmkit console NAME`; a guest that hangs is ended by `vmkit stop --force NAME`")
 }
 
-/// Takes a line that nobody has, and begins a session on it.
+/// A line that QEMU listens on and that is ours; nothing was said on it.
+pub(crate) struct Wire {
+    stream: UnixStream,
+    port: File,
+}
+
 async fn begin(dir: &Path, patience: Duration) -> Result<Session> {
+    greet(connect(dir, patience).await?).await
+}
+
+async fn greet(wire: Wire) -> Result<Session> {
+    let client = Client::connect(wire.stream).await.map_err(translate)?;
+    Ok(Session { client, port: Arc::new(wire.port) })
+}
+
+/// Takes a line that nobody has.
+async fn connect(dir: &Path, patience: Duration) -> Result<Wire> {
     let start = Instant::now();
     let mut pause = Duration::from_micros(500);
     loop {
@@ -94,8 +123,7 @@ async fn begin(dir: &Path, patience: Duration) -> Result<Session> {
             };
             // Not there yet, while QEMU is coming up: the same line is tried again.
             let Ok(stream) = socket::connect(dir, &line_socket(line)).await else { break };
-            let client = Client::connect(stream).await.map_err(translate)?;
-            return Ok(Session { client, port: Arc::new(port) });
+            return Ok(Wire { stream, port });
         }
         if taken == LINES && start.elapsed() > patience {
             return Err(Error::new(

@@ -109,11 +109,13 @@ async fn builder(context: Option<Context>, bench: &PoolArgs) -> Result<(PoolBuil
 async fn close(pool: &Pool, output: &Output) -> Result<(), Error> {
     let began = Instant::now();
     let bar = pool::Bar::new(output, "closing", 0);
-    let report = pool.close(CLEANUP_LIMIT).await.into_result();
+    let report = pool.close(CLEANUP_LIMIT).await;
     drop(bar);
-    let report =
-        report.map_err(|error| error.hint("`vmkit cleanup --all` deletes them, and so does the next bench"))?;
-    output.note(format!("closed: {} machines deleted in {}", report.deleted, seconds(began.elapsed())));
+    let deleted = report.deleted;
+    report
+        .into_result()
+        .map_err(|error| error.hint("`vmkit cleanup --all` deletes them, and so does the next bench"))?;
+    output.note(format!("closed: {deleted} machines deleted in {}", seconds(began.elapsed())));
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{Instrument, debug_span};
 
+use super::backoff::after;
 use super::config::OnFailure;
 use super::lease::{Hold, Lease};
 use super::message::{Mailbox, Message, Waiter};
@@ -104,6 +105,7 @@ impl Acquire {
         let ticket = shared.ticket();
         let (reply, answer) = oneshot::channel();
         let now = Instant::now();
+        let deadline = after(now, self.timeout);
         let waiter = Box::new(Waiter {
             ticket,
             key: self.key.unwrap_or_default().into(),
@@ -111,7 +113,7 @@ impl Acquire {
             labels: Arc::new(self.labels),
             limit: self.limit,
             since: now,
-            deadline: now + self.timeout,
+            deadline,
             turn: None,
             reply,
         });
@@ -120,7 +122,7 @@ impl Acquire {
             Err(error) => Err(error),
         };
         let place = Ticket { shared: shared.clone(), ticket, queued: sent.is_ok() };
-        let wait = Wait { ticket: place, deadline: now + self.timeout, since: now, binding: self.binding };
+        let wait = Wait { ticket: place, deadline, since: now, binding: self.binding };
         let future = match sent {
             Ok(()) => wait.run(answer).boxed(),
             Err(error) => std::future::ready(Err(error)).boxed(),
@@ -297,7 +299,7 @@ impl Grant {
 
     /// When its caller is taken for gone.
     pub(super) fn expires(claimant: &Claimant) -> Instant {
-        claimant.deadline + SLACK
+        after(claimant.deadline, SLACK)
     }
 
     async fn prepare(&mut self, binding: &Binding, shared: &Shared) -> Result<()> {

@@ -24,7 +24,7 @@ impl Backoff {
         if self.gate.opens.is_some_and(|at| at > now) {
             return;
         }
-        self.gate.opens = Some(now + pause(self.first, self.cap, self.gate.failures, random));
+        self.gate.opens = Some(after(now, pause(self.first, self.cap, self.gate.failures, random)));
         self.gate.failures = self.gate.failures.saturating_add(1);
     }
 
@@ -42,6 +42,11 @@ impl Backoff {
 pub(super) fn pause(first: Duration, cap: Duration, failures: u32, random: &mut Random) -> Duration {
     let full = first.saturating_mul(1_u32.checked_shl(failures).unwrap_or(u32::MAX)).min(cap);
     full.mul_f64(1.0 - random.fraction() / 4.0)
+}
+
+/// That much later. A time beyond what a clock can say is one that nobody lives to see.
+pub(super) fn after(at: Instant, span: Duration) -> Instant {
+    at.checked_add(span).unwrap_or_else(|| at + Duration::from_secs(100 * 365 * 24 * 3600))
 }
 
 /// Numbers that follow from a seed (SplitMix64): names and jitter need no better ones.

@@ -39,9 +39,9 @@ impl CloseReport {
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`].
-    pub fn into_result(self) -> Result<CloseReport> {
+    pub fn into_result(self) -> Result<()> {
         if self.is_clean() {
-            return Ok(self);
+            return Ok(());
         }
         let left: Vec<String> = self.left.iter().map(Left::to_string).collect();
         Err(Error::new(ErrorKind::TimedOut, format!("{} machines could not be deleted in time", left.len()))

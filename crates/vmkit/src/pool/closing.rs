@@ -148,8 +148,12 @@ impl Supervisor {
     /// Closers whose time has passed are told what is left. The pool goes on trying.
     pub(super) fn close_on_time(&mut self, now: Instant) {
         let late = self.closing.as_ref().and_then(Closing::deadline).is_some_and(|at| at <= now);
-        if !late || self.slots.is_empty() {
+        if !late {
             return;
+        }
+        if self.slots.is_empty() {
+            // All are gone, and a question to one of them ends at any moment now.
+            return self.closing.iter_mut().for_each(|closing| closing.deadline = None);
         }
         let left = self.slots.status(now).into_iter();
         let left = left.map(|vm| Left { id: vm.id, phase: vm.phase, problem: vm.problem }).collect();

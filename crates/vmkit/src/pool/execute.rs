@@ -87,7 +87,7 @@ impl Supervisor {
         let no = self.slots.insert(id.clone(), Phase::Creating { tier, _cancel: cancel }, self.totals.attempts, now);
         self.event(EventKind::VmCreateStarted, Some(no), Details::default());
         let order = Order {
-            console: (self.parts.console)(&id),
+            console: self.console(&id),
             spec: self.parts.spec.clone(),
             limit: self.shared.config.create_timeout,
             id,
@@ -102,7 +102,7 @@ impl Supervisor {
         let Some(instance) = self.instance(no) else { return };
         let (cancel, cancelled) = cancel();
         self.slots.enter(no, Phase::Promoting { _cancel: cancel }, now);
-        let (console, limit) = ((self.parts.console)(instance.id()), self.shared.config.create_timeout);
+        let (console, limit) = (self.console(instance.id()), self.shared.config.create_timeout);
         self.task(async move {
             let result = tasks::promote(instance, console, limit, cancelled).await;
             Message::Promoted(no, result, now.elapsed())

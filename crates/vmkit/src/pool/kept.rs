@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::backoff::after;
 use super::lease::{Hold, Lease};
 use super::message::Message;
 use super::plan::Tier;
@@ -25,7 +26,7 @@ impl Supervisor {
             // Somebody has looked at it: it goes on being kept, as long as was promised.
             Some(until) => until,
             // A lease that its holder has stopped was finished with.
-            None if failed && !slot.released && self.slots.counts().kept < policy.quota => now + policy.period,
+            None if failed && !slot.released && self.slots.counts().kept < policy.quota => after(now, policy.period),
             None => return false,
         };
         let tier = if instance.suspendable() { Tier::Suspended } else { Tier::Stopped };

@@ -80,10 +80,11 @@ impl Lease {
     pub async fn delete(&self) -> Result<()> {
         let (reply, answer) = oneshot::channel();
         let limit = self.shared.config.cleanup_timeout;
-        if !self.hold.retained() && self.shared.mailbox.send(Message::Delete(self.slot, reply)).is_ok() {
-            if let Ok(result) = answer.await {
-                return result;
-            }
+        if !self.hold.retained()
+            && self.shared.mailbox.send(Message::Delete(self.slot, reply)).is_ok()
+            && let Ok(result) = answer.await
+        {
+            return result;
         }
         // The pool has closed. It left nothing but what it retained, and that is its holder's.
         cleanup(&self.instance, Duration::ZERO, limit).await

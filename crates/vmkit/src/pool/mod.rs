@@ -97,7 +97,7 @@ pub struct Pool {
 }
 
 /// What only a supervisor needs.
-pub(self) struct Parts {
+struct Parts {
     backend: Arc<dyn tasks::Backend>,
     spec: Spec,
     sizing: Arc<dyn Sizing>,
@@ -106,7 +106,7 @@ pub(self) struct Parts {
 }
 
 /// What handles, leases and waiters share with the supervisor.
-pub(self) struct Shared {
+struct Shared {
     name: Id,
     config: PoolConfig,
     mailbox: Mailbox,
@@ -262,7 +262,7 @@ impl Pool {
             *shared.rest() = Rest::default();
             return CloseReport::default();
         }
-        let deadline = Instant::now() + limit;
+        let deadline = backoff::after(Instant::now(), limit);
         self.ask(|reply| Message::Close(deadline, reply)).await.unwrap_or_default()
     }
 

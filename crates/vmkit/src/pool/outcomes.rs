@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::backoff::pause;
+use super::backoff::{after, pause};
 use super::events::{Details, EventKind};
 use super::message::{Made, Message, Prepared};
 use super::plan::Tier;
@@ -224,7 +224,7 @@ impl Supervisor {
                 // Its record stays: it is listed as leaked, and tried again.
                 self.slots.enter(no, Phase::Leaked, now);
                 let wait = pause(RETRY.0, RETRY.1, failures.unwrap_or(0), &mut self.random);
-                self.slots.alarm(no, Some(now + wait));
+                self.slots.alarm(no, Some(after(now, wait)));
                 waiting.into_iter().for_each(|reply| drop(reply.send(Err(error.duplicate()))));
             }
         }
@@ -236,9 +236,9 @@ impl Supervisor {
         let Some(slot) = self.slots.get(no) else { return };
         let Phase::Ready { tier, .. } = slot.phase else { return };
         let asked = (tier == Tier::Running && !config.health_interval.is_zero() && !slot.checking)
-            .then(|| (slot.answered + config.health_interval).max(now));
-        let aged = config.max_age.filter(|_| !slot.expired).map(|age| slot.born + age);
-        let idled = config.max_idle.filter(|_| !slot.expired).map(|idle| slot.ready + idle);
+            .then(|| after(slot.answered, config.health_interval).max(now));
+        let aged = config.max_age.filter(|_| !slot.expired).map(|age| after(slot.born, age));
+        let idled = config.max_idle.filter(|_| !slot.expired).map(|idle| after(slot.ready, idle));
         self.slots.alarm(no, [asked, aged, idled].into_iter().flatten().min());
     }
 
@@ -274,13 +274,13 @@ impl Supervisor {
         let config = &self.shared.config;
         let (age, idle, interval) = (config.max_age, config.max_idle, config.health_interval);
         let limit = config.health_timeout;
-        let passed = |since: Instant, limit: Option<Duration>| limit.is_some_and(|limit| since + limit <= now);
+        let passed = |since: Instant, limit: Option<Duration>| limit.is_some_and(|limit| after(since, limit) <= now);
         self.slots.update(no, |slot| {
             slot.expired = slot.expired || passed(slot.born, age) || passed(slot.ready, idle);
         });
         let Some(slot) = self.slots.get(no) else { return };
         let running = matches!(slot.phase, Phase::Ready { tier: Tier::Running, .. });
-        let asks = running && !interval.is_zero() && !slot.checking && slot.answered + interval <= now;
+        let asks = running && !interval.is_zero() && !slot.checking && after(slot.answered, interval) <= now;
         let Some(instance) = slot.instance.clone().filter(|_| asks) else { return self.set_alarm(no, now) };
         if self.checks >= CHECKS {
             return self.slots.alarm(no, Some(now + LATER));

@@ -249,8 +249,9 @@ pub fn plan(now: Instant, counts: &Counts, limits: &Limits, total: usize, start:
         promoting += promote(&mut ready, short.min(room));
     }
 
-    // What is surplus goes; what is only too hot is cooled down where a colder tier is short.
-    let mut surplus = (ready.sum() + promoting + counts.demoting.sum() + unreleased + excess).saturating_sub(total);
+    // What is surplus goes; what is only too hot is cooled down where a colder tier is short. What hangs keeps new machines
+    // from being made, and is no reason to give up one that is ready.
+    let mut surplus = (ready.sum() + promoting + counts.demoting.sum() + unreleased).saturating_sub(total);
     if surplus > 0
         && let Some(tier) = Tier::ALL.into_iter().find(|&tier| counts.expired.of(tier) > 0 && ready.of(tier) > 0)
     {
@@ -275,7 +276,8 @@ pub fn plan(now: Instant, counts: &Counts, limits: &Limits, total: usize, start:
     }
 
     // New machines, one more while an old one waits for its exchange and the allowance is not needed otherwise.
-    let aged = Tier::ALL.into_iter().find(|&tier| counts.expired.of(tier) > 0).filter(|_| steps.recycle.is_none());
+    let aged = Tier::ALL.into_iter().find(|&tier| counts.expired.of(tier) > 0 && ready.of(tier) > 0);
+    let aged = aged.filter(|_| steps.recycle.is_none());
     let exchange = usize::from(aged.is_some() && total > 0 && counts.stuck() < limits.allowance);
     let have = ready.sum()
         + promoting
@@ -313,6 +315,7 @@ pub fn plan(now: Instant, counts: &Counts, limits: &Limits, total: usize, start:
     }
     let idle = promoting == 0 && making.sum() == 0;
     let cold = ready.suspended + ready.stopped > 0 && start.failures == 0;
-    steps.stranded = idle && !cold && ready.running == 0 && create.failures.max(start.failures) > 0;
+    steps.stranded =
+        idle && !cold && counts.ready.running == steps.hand_over && create.failures.max(start.failures) > 0;
     steps
 }

@@ -47,14 +47,20 @@ impl<W> Queue<W> {
         self.order.len()
     }
 
-    pub(super) fn push(&mut self, ticket: u64, key: Arc<str>, weight: u32, waiter: W) -> Turn {
+    pub(super) fn push(&mut self, ticket: u64, key: Arc<str>, weight: u32, waiter: W) {
         let share = self.shares.entry(key.clone()).or_default();
         let finish = share.last.max(self.clock) + UNIT / u64::from(weight.max(1));
         share.last = finish;
         self.arrivals += 1;
         let turn = Turn { finish, arrival: self.arrivals };
         self.put_back(ticket, key, turn, waiter);
-        turn
+    }
+
+    /// The turn of somebody who is served at once, since nobody waits.
+    pub(super) fn pass(&mut self, weight: u32) -> Turn {
+        self.clock += UNIT / u64::from(weight.max(1));
+        self.arrivals += 1;
+        Turn { finish: self.clock, arrival: self.arrivals }
     }
 
     /// Takes up the place again that a waiter had.

@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::acquire::{Claimant, Grant, Place};
+use super::backoff::after;
 use super::config::OnFailure;
 use super::events::{Details, EventKind};
 use super::lease::Hold;
@@ -25,19 +26,21 @@ impl Supervisor {
                 None,
                 Details { holder: holder.as_ref(), ..Details::default() },
             );
-            return self.refuse(waiter, self.shared.closed());
+            return self.refuse(*waiter, self.shared.closed());
         }
-        // Ready, and nobody before it: no place in the queue is needed.
-        if waiter.turn.is_none() && self.queue.len() == 0 {
+        // Ready, and nobody before it: no place in the queue is needed. It has its turn all the same, should what it is given
+        // turn out dead.
+        if self.queue.len() == 0 && self.slots.first_ready(Tier::Running).is_some() {
+            waiter.turn = Some(self.queue.pass(self.weight(&waiter.key)));
             match self.grant(waiter, now) {
                 None => return,
                 Some(back) => waiter = back,
             }
         }
-        if waiter.turn.is_none() && self.queue.len() >= self.shared.config.max_waiting {
+        if self.queue.len() >= self.shared.config.max_waiting {
             let message = format!("{} callers wait for the pool {} already", self.queue.len(), self.shared.name);
             let error = Error::new(ErrorKind::Exhausted, message).during("Acquire");
-            return self.refuse(waiter, error.hint("try again later, or make the pool larger"));
+            return self.refuse(*waiter, error.hint("try again later, or make the pool larger"));
         }
         self.event(EventKind::AcquireWaiting, None, Details { holder: waiter.holder.as_ref(), ..Details::default() });
         self.enqueue(waiter);
@@ -48,14 +51,24 @@ impl Supervisor {
         match waiter.turn {
             Some(turn) => self.queue.put_back(ticket, key, turn, waiter),
             None => {
-                let weight = self.shared.config.weights.get(&*key).copied().unwrap_or(1);
+                let weight = self.weight(&key);
                 self.queue.push(ticket, key, weight, waiter);
             }
         }
     }
 
+    fn weight(&self, key: &str) -> u32 {
+        self.shared.config.weights.get(key).copied().unwrap_or(1)
+    }
+
     /// Hands the next running machine to a waiter; gives the waiter back when there is none.
     pub(super) fn grant(&mut self, waiter: Box<Waiter>, now: Instant) -> Option<Box<Waiter>> {
+        if waiter.deadline < now {
+            // It has not looked since: a machine would wait for it in vain.
+            let error = Error::new(ErrorKind::TimedOut, "no machine within its time").during("Acquire");
+            self.refuse(*waiter, error);
+            return None;
+        }
         loop {
             let Some(no) = self.slots.first_ready(Tier::Running) else { return Some(waiter) };
             let Some(instance) = self.instance(no) else { return Some(waiter) };
@@ -88,7 +101,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn refuse(&mut self, waiter: Box<Waiter>, error: Error) {
+    pub(super) fn refuse(&mut self, waiter: Waiter, error: Error) {
         let details = Details {
             holder: waiter.holder.as_ref(),
             duration: Some(waiter.since.elapsed()),
@@ -102,7 +115,7 @@ impl Supervisor {
     /// Refuses everybody in the queue.
     pub(super) fn refuse_all(&mut self, error: &Error) {
         while let Some((_, waiter)) = self.queue.pop() {
-            self.refuse(waiter, error.duplicate());
+            self.refuse(*waiter, error.duplicate());
         }
     }
 
@@ -149,7 +162,7 @@ impl Supervisor {
         let (hold, (limit, since)) = (hold.clone(), slot.limit);
         self.slots.enter(no, Phase::Held { hold }, now);
         self.slots.update(no, |slot| slot.used = true);
-        self.slots.alarm(no, limit.map(|limit| now + limit));
+        self.slots.alarm(no, limit.map(|limit| after(now, limit)));
         self.totals.acquired += 1;
         if self.health.gate().failures > 0 {
             self.health.succeed();
@@ -195,7 +208,7 @@ impl Supervisor {
         }
         match waiter {
             Some(waiter) if self.is_open() => self.enqueue(waiter),
-            Some(waiter) => self.refuse(waiter, self.shared.closed()),
+            Some(waiter) => self.refuse(*waiter, self.shared.closed()),
             None => {}
         }
     }

@@ -1,6 +1,7 @@
 //! The machines of a pool, each in a slot, counted as they move. No operation looks at more than one of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,7 +72,7 @@ pub(super) struct Slot {
 /// All of them.
 #[derive(Default)]
 pub(super) struct Slots {
-    slots: HashMap<SlotNo, Slot>,
+    slots: HashMap<SlotNo, Box<Slot>, BuildHasherDefault<Spread>>,
     ready: [BTreeMap<u64, SlotNo>; 3],
     expired: [BTreeSet<SlotNo>; 3],
     timers: BTreeSet<(Instant, SlotNo)>,
@@ -116,12 +117,12 @@ impl Slots {
             timer: None,
         };
         count(&mut self.counts, &slot, 1);
-        self.slots.insert(self.last, slot);
+        self.slots.insert(self.last, Box::new(slot));
         self.last
     }
 
     pub(super) fn get(&self, no: SlotNo) -> Option<&Slot> {
-        self.slots.get(&no)
+        self.slots.get(&no).map(|slot| &**slot)
     }
 
     /// Changes a machine's data, and with it what it counts as.
@@ -178,7 +179,7 @@ impl Slots {
         self.expired[tier as usize].first().copied()
     }
 
-    pub(super) fn remove(&mut self, no: SlotNo) -> Option<Slot> {
+    pub(super) fn remove(&mut self, no: SlotNo) -> Option<Box<Slot>> {
         self.alarm(no, None);
         let slot = self.slots.remove(&no)?;
         count(&mut self.counts, &slot, -1);
@@ -263,6 +264,24 @@ impl Slot {
             Phase::Deleting { hung: false } => VmPhase::Deleting,
             Phase::Leaked => VmPhase::Leaked,
         }
+    }
+}
+
+/// Slots are numbered by us, one after the other: nobody can choose them so that they collide.
+#[derive(Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The one task that owns a pool's counts: it is told, plans, and has things done.
 
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
 
-use super::backoff::{Backoff, Random};
+use super::backoff::{Backoff, Random, after};
 use super::closing::Closing;
 use super::events::{Details, EventKind, Events, Journal};
 use super::message::{Mailbox, Message, Waiter};
@@ -21,6 +22,7 @@ use super::queue::Queue;
 use super::slots::{Phase, Slot, SlotNo, Slots};
 use super::status::{PoolStatus, Totals, Trouble};
 use super::{CLOSED, NEW, OPEN, Parts, Rest, STARTING, Shared, tasks};
+use crate::console::ConsoleSinks;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 use crate::spec::Id;
@@ -215,14 +217,25 @@ impl Supervisor {
 
     /// How many machines there should be now.
     pub(super) fn target(&self, counts: &Counts) -> usize {
-        if self.is_open() { self.parts.sizing.total(counts, &self.limits).min(self.limits.max) } else { 0 }
+        if !self.is_open() {
+            return 0;
+        }
+        // Somebody else's code: a mistake there does not end the pool.
+        let total = catch_unwind(AssertUnwindSafe(|| self.parts.sizing.total(counts, &self.limits)));
+        total.unwrap_or_else(|_| self.limits.tiers.sum()).min(self.limits.max)
+    }
+
+    /// Where a machine's output goes.
+    pub(super) fn console(&self, id: &Id) -> ConsoleSinks {
+        // The same: then its output goes nowhere.
+        catch_unwind(AssertUnwindSafe(|| (self.parts.console)(id))).unwrap_or_default()
     }
 
     /// When a machine may be made: failures to make and to hand over count together, and the rate is limited.
     pub(super) fn create_gate(&self) -> Gate {
         let (create, health) = (self.create.gate(), self.health.gate());
         let interval = self.shared.config.create_interval;
-        let paced = self.last_attempt.filter(|_| !interval.is_zero()).map(|last| last + interval);
+        let paced = self.last_attempt.filter(|_| !interval.is_zero()).map(|last| after(last, interval));
         Gate {
             failures: create.failures.max(health.failures),
             opens: [create.opens, health.opens, paced].into_iter().flatten().max(),
@@ -263,6 +276,8 @@ impl Supervisor {
     pub(super) fn delete(&mut self, no: SlotNo, hung: bool, now: Instant) {
         let Some(slot) = self.slots.get(no) else { return };
         let (id, instance) = (slot.id.clone(), slot.instance.clone());
+        // What could not be deleted before counts until it is gone, also while it is tried again.
+        let hung = hung || slot.failures > 0;
         self.slots.enter(no, Phase::Deleting { hung }, now);
         let (backend, pool) = (self.parts.backend.clone(), self.shared.name.clone());
         let limit = self.shared.config.cleanup_timeout;

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 use tracing::{Instrument, debug_span};
 
+use super::backoff::after;
 use super::message::{Made, Prepared};
 use super::plan::Tier;
 use crate::cleanup::cleanup;
@@ -153,7 +154,7 @@ pub(super) async fn remove(
     instance: Option<Instance>,
     limit: Duration,
 ) -> Result<()> {
-    let deadline = Instant::now() + limit;
+    let deadline = after(Instant::now(), limit);
     let span = debug_span!("delete", vm = id.as_str());
     let work = async {
         let instance = match instance {
@@ -171,7 +172,7 @@ pub(super) async fn remove(
         cleanup(&instance, Duration::ZERO, deadline.saturating_duration_since(Instant::now())).await
     };
     // Twice the limit: the cleanup has its own and tells more when that passes.
-    match timeout(limit * 2, guarded(work).instrument(span)).await {
+    match timeout(limit.saturating_mul(2), guarded(work).instrument(span)).await {
         Ok(result) => result,
         Err(_) => Err(Error::new(ErrorKind::TimedOut, format!("deleting took longer than {limit:?}")).on(id.as_str())),
     }

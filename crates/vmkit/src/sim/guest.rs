@@ -182,6 +182,7 @@ impl SimGuest {
             hw.log(verb, &self.id);
             hw.pick(&self.id, verb)
         });
+        self.world.gate(&self.id, verb).await;
         let delay = match fault {
             Fault::Err | Fault::ErrButDone => {
                 return Err(Error::new(ErrorKind::Agent, format!("sim: {verb:?} was to fail")));

@@ -1,6 +1,6 @@
 //! What is physically there, and which calls are physically possible.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,7 +87,8 @@ pub(super) struct Planned {
 }
 
 pub(super) struct Hardware {
-    pub units: BTreeMap<Id, Unit>,
+    /// Boxed, and not in order: there may be a hundred thousand of them, and each call finds its own.
+    pub units: HashMap<Id, Box<Unit>>,
     pub planned: Vec<Planned>,
     pub odds: Odds,
     pub rng: StdRng,
@@ -113,7 +114,7 @@ pub(super) struct Hardware {
 impl Hardware {
     pub(super) fn new(seed: u64) -> Hardware {
         Hardware {
-            units: BTreeMap::new(),
+            units: HashMap::new(),
             planned: Vec::new(),
             odds: Odds::default(),
             rng: StdRng::seed_from_u64(seed),
@@ -143,13 +144,20 @@ impl Hardware {
     pub(super) fn unit(&mut self, id: &Id) -> &mut Unit {
         // Not `entry`, which would copy the name each time.
         if !self.units.contains_key(id) {
-            self.units.insert(id.clone(), Unit::default());
+            self.units.insert(id.clone(), Box::default());
         }
         let unit = self.units.get_mut(id).expect("it was inserted");
         if unit.changed.receiver_count() > 0 && self.touched.last() != Some(id) {
             self.touched.push(id.clone());
         }
         unit
+    }
+
+    /// The names of all machines, in order.
+    pub(super) fn names(&self) -> Vec<Id> {
+        let mut names: Vec<Id> = self.units.keys().cloned().collect();
+        names.sort_unstable();
+        names
     }
 
     /// Wakes whoever waits for a machine that was touched since `mark`.
@@ -173,7 +181,7 @@ impl Hardware {
 
     /// Drops a machine from the table if nothing of it is left.
     pub(super) fn forget(&mut self, id: &Id) {
-        if self.units.get(id).is_some_and(Unit::is_nothing) {
+        if self.units.get(id).is_some_and(|unit| unit.is_nothing()) {
             self.units.remove(id);
         }
     }

@@ -41,6 +41,7 @@ impl SimProvider {
             hw.log(verb, id);
             hw.pick(id, verb)
         });
+        self.world.gate(id, verb).await;
         match fault {
             Fault::Err | Fault::ErrButDone => Err(Error::new(ErrorKind::Backend, format!("sim: {verb:?} was to fail"))),
             Fault::Hang => {
@@ -73,8 +74,10 @@ impl Provider for SimProvider {
     async fn list(&self) -> Result<Vec<Found>> {
         self.world.pause(std::time::Duration::ZERO).await;
         let seen = self.world.change(|hw| {
-            let ids: Vec<Id> = hw.units.keys().cloned().collect();
-            ids.into_iter().filter_map(|id| find(hw, &id).map(|(state, spec)| (id, state, spec))).collect::<Vec<_>>()
+            hw.names()
+                .into_iter()
+                .filter_map(|id| find(hw, &id).map(|(state, spec)| (id, state, spec)))
+                .collect::<Vec<_>>()
         });
         let found = seen.into_iter().map(|(id, state, spec)| {
             let properties = SimProbe { world: self.world.clone(), id: id.clone() }.properties();

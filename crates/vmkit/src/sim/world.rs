@@ -147,9 +147,8 @@ impl World {
     /// Whether a planted machine is there, disk and process, as it was.
     pub fn foreign_intact(&self, id: &Id) -> bool {
         self.look(|hw| {
-            let whole =
-                |unit: &super::hardware::Unit| unit.foreign && unit.disk == Disk::Whole && unit.process.is_some();
-            hw.units.get(id).is_some_and(whole)
+            let whole = |unit: &Unit| unit.foreign && unit.disk == Disk::Whole && unit.process.is_some();
+            hw.units.get(id).is_some_and(|unit| whole(unit))
         })
     }
 
@@ -180,7 +179,8 @@ impl World {
     pub fn residue(&self) -> Vec<String> {
         self.look(|hw| {
             let mut left = Vec::new();
-            for (id, unit) in hw.units.iter().filter(|(_, unit)| !unit.foreign) {
+            for id in hw.names() {
+                let Some(unit) = hw.units.get(&id).filter(|unit| !unit.foreign) else { continue };
                 if unit.process.is_some() || unit.strays > 0 {
                     left.push(format!("{id}: a process"));
                 }
@@ -284,7 +284,7 @@ impl World {
                 changed.borrow_and_update();
                 // Processes end at their time only when somebody looks: be there then.
                 let ends = |process: &Process| process.ends.as_ref().map(|(at, _)| *at);
-                hw.units.get(id).and_then(|unit: &Unit| unit.process.as_ref().and_then(ends))
+                hw.units.get(id).and_then(|unit| unit.process.as_ref().and_then(ends))
             };
             let due = async {
                 match next {

@@ -1,0 +1,120 @@
+//! A pool of real machines, whose processes are killed at random.
+
+mod common;
+
+use std::fs;
+use std::time::Duration;
+
+use vmkit::conformance::Rig;
+use vmkit::pool::{Pool, Staging};
+use vmkit::{ErrorKind, State};
+
+use common::{QemuRig, base, pids_where, runtime};
+
+const SIZE: usize = 4;
+const CYCLES: u64 = 50;
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A stream of numbers that a seed replays.
+struct Dice(u64);
+
+impl Dice {
+    fn from_env() -> Dice {
+        let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let seed = std::env::var("VMKIT_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = seed.unwrap_or(clock.as_nanos() as u64);
+        println!("VMKIT_SEED={seed}");
+        Dice(seed)
+    }
+
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (x ^ (x >> 31)) % sides
+    }
+}
+
+/// Kills a QEMU of these machines, whichever; whether there was one.
+fn kill_one(rig: &QemuRig, dice: &mut Dice) -> bool {
+    let pids = pids_where(|cwd| cwd.starts_with(rig.dir()));
+    if pids.is_empty() {
+        return false;
+    }
+    let pid = pids[dice.roll(pids.len() as u64) as usize];
+    // It may have ended by itself meanwhile.
+    std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success()
+}
+
+/// What is left of machines in the file system.
+fn left(rig: &QemuRig) -> Vec<String> {
+    let list = |part: &str| {
+        let entries = fs::read_dir(rig.dir().join(part)).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    let machines = list("").into_iter().filter(|name| !name.starts_with('.'));
+    machines.chain([".staging", ".trash", ".locks"].into_iter().flat_map(list)).collect()
+}
+
+fn survives(staging: Staging) {
+    let Some(image) = base() else { return };
+    let rig = QemuRig::new(image);
+    let mut dice = Dice::from_env();
+    let (mut killed, mut used) = (0, Vec::new());
+    runtime().block_on(async {
+        let pool = Pool::builder(rig.host(), rig.spec()).name("real").size(SIZE).staging(staging).build().unwrap();
+        pool.start().await.unwrap();
+        for cycle in 0..CYCLES {
+            // Of a machine that is ready, that is being made, or that is being deleted.
+            if dice.roll(2) == 0 {
+                killed += u64::from(kill_one(&rig, &mut dice));
+            }
+            let lease = pool.acquire().timeout(PATIENCE).await.unwrap();
+            assert!(!used.contains(lease.id()), "{} is handed out a second time", lease.id());
+            used.push(lease.id().clone());
+            let word = format!("cycle {cycle}");
+            let output = lease.command("/bin/busybox").args(["echo", &word]).output().await.unwrap();
+            assert_eq!(output.stdout, format!("{word}\n").into_bytes());
+            assert_eq!(rig.status(lease.id()).as_deref(), Some("running"));
+            match dice.roll(4) {
+                0 => lease.delete().await.unwrap(),
+                1 => drop(lease),
+                2 => {
+                    lease.stop_and_release(Duration::ZERO).await.stopped().unwrap();
+                    lease.delete().await.unwrap();
+                }
+                _ => {
+                    rig.kill_process(lease.id()).await;
+                    let mut states = lease.subscribe();
+                    while states.next().await.unwrap().state == State::Running {}
+                    let error = lease.command("/bin/busybox").arg("true").output().await.unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::NotRunning, "{error:?}");
+                    lease.delete().await.unwrap();
+                }
+            }
+            let status = pool.status().await;
+            assert!(status.vms.len() <= SIZE * 2 + pool.config().allowance, "{status:#?}");
+        }
+        let report = pool.close(PATIENCE).await;
+        assert!(report.is_clean(), "{report:?}");
+    });
+    assert!(killed > 0, "nothing was killed");
+    assert_eq!(left(&rig), [""; 0], "files are left");
+    assert_eq!(pids_where(|cwd| cwd.starts_with(rig.dir())), [0; 0], "processes are left");
+}
+
+#[test]
+fn a_running_pool_survives_kills() {
+    survives(Staging::Running);
+}
+
+#[test]
+fn a_suspended_pool_survives_kills() {
+    survives(Staging::Suspended);
+}
+
+#[test]
+fn a_stopped_pool_survives_kills() {
+    survives(Staging::Stopped);
+}
