@@ -16,7 +16,7 @@ fn run(name: &str) {
 vmkit::conformance_suite!(crate::run);
 
 /// Which cases a broken backend has to fail. It may fail more.
-const TEETH: [(Broken, &str); 28] = [
+const TEETH: [(Broken, &str); 29] = [
     (Broken::Liar, "a_started_machine_executes"),
     (Broken::Leaker, "deleting_leaves_nothing"),
     (Broken::HangsOnKill, "stopping_at_once_forces"),
@@ -45,6 +45,7 @@ const TEETH: [(Broken, &str); 28] = [
     (Broken::StaleList, "deleting_leaves_nothing"),
     (Broken::NeverAdopts, "another_process_adopts"),
     (Broken::NoLock, "two_processes_exclude_each_other"),
+    (Broken::SharesClaims, "a_pools_name_has_one_holder"),
 ];
 
 #[test]

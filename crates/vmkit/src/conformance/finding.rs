@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::bench::{Bench, delete, eventually, fails_as, id, start, stop};
 use super::rig::{Program, Rig};
 use crate::console::ConsoleSinks;
+use crate::driver::Provider;
 use crate::error::ErrorKind;
 use crate::state::State;
 
@@ -111,4 +112,19 @@ pub(super) async fn another_process_deletes<R: Rig>(bench: &Bench<R>) {
     fails_as(vm.start(ConsoleSinks::discard()).await, ErrorKind::IllegalRequest, "starting what another has deleted");
     assert_eq!(vm.state(), State::Deleted);
     bench.gone(&vm).await;
+}
+
+pub(super) async fn a_pools_name_has_one_holder<R: Rig>(bench: &Bench<R>) {
+    let (name, similar) = (id("pool"), id("pool-b"));
+    let elsewhere = bench.elsewhere().await;
+    let claim = bench.host.provider().claim(&name).await.unwrap_or_else(|e| panic!("claiming: {e:?}"));
+    for host in [&elsewhere, &bench.host] {
+        let Err(error) = host.provider().claim(&name).await else { panic!("one name was claimed twice") };
+        assert_eq!(error.kind(), ErrorKind::Busy, "{error:?}");
+        assert!(error.next_step().is_some(), "it does not say what to do next: {error:?}");
+    }
+    let other = elsewhere.provider().claim(&similar).await.unwrap_or_else(|e| panic!("another name: {e:?}"));
+    drop(claim);
+    let again = elsewhere.provider().claim(&name).await;
+    drop((again.unwrap_or_else(|e| panic!("a name that was given back: {e:?}")), other));
 }

@@ -92,7 +92,7 @@ macro_rules! __conformance_cases {
             finding:
                 another_process_adopts an_absent_machine_is_not_found every_machine_is_listed
                 dropped_handles_end_no_machine two_processes_exclude_each_other
-                another_process_deletes;
+                another_process_deletes a_pools_name_has_one_holder;
         }
     };
 }

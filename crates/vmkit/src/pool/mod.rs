@@ -8,15 +8,15 @@
 //!  Lease ◀── Grant (check, bind, hand-over in the caller's own future) ◀──┘
 //! ```
 //!
-//! One task, the supervisor, owns everything that is counted, and is told of everything by messages: there is no lock, so none is
-//! held across a backend call. What to do next follows from the counts ([`plan`]). A machine that was used is never handed out
-//! again: it is deleted, and a new one made.
+//! One task, the supervisor, owns everything that is counted, and is told of everything by messages: there is no lock, so
+//! none is held across a backend call. What to do next follows from the counts ([`plan`]). A machine that was used is never
+//! handed out again: it is deleted, and a new one made.
 //!
 //! # What belongs to a pool
 //!
-//! Its machines carry its name as the label `vmkit.pool`, from before they exist, and one living process at a time may use that name
-//! ([`Provider::claim`](crate::Provider::claim)). So whatever carries exactly that label when a pool starts was left by a process
-//! that died, and is deleted; adopting it instead could hand out a machine that somebody had used. Nothing else is touched.
+//! Its machines carry its name as the label `vmkit.pool`, from before they exist, and one living process at a time may use
+//! that name ([`Provider::claim`]). So whatever carries exactly that label when a pool starts was left by a process that
+//! died, and is deleted; adopting it instead could hand out a machine that somebody had used. Nothing else is touched.
 //!
 //! # Example
 //!
@@ -56,6 +56,7 @@ mod lease;
 mod message;
 pub mod metrics;
 mod outcomes;
+mod pace;
 pub mod plan;
 mod queue;
 mod requests;
@@ -164,14 +165,14 @@ impl Pool {
         &self.shared.config
     }
 
-    /// Takes the pool's name, deletes what an earlier process of it left, and returns when one machine is ready; the others are
-    /// made in the background. Once only. Must be called in a tokio runtime.
+    /// Takes the pool's name, deletes what an earlier process of it left, and returns when one machine is ready; the others
+    /// are made in the background. Once only. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// [`ErrorKind::IllegalRequest`] when it was started before, [`ErrorKind::Closed`] when it was closed; [`ErrorKind::Busy`] when
-    /// another pool has the name, and [`ErrorKind::TimedOut`] when no machine was ready within the acquire timeout: then the
-    /// pool has started and goes on trying. With [`OnFailure::FailFast`], the first attempt's error in the same way. When the name
-    /// could not be taken, or not be looked, nothing was started and it may be tried again.
+    /// [`ErrorKind::IllegalRequest`] when it was started before, [`ErrorKind::Closed`] when it was closed;
+    /// [`ErrorKind::Busy`] when another pool has the name. When the name could not be taken, or not be looked, nothing was
+    /// started and it may be tried again. [`ErrorKind::TimedOut`] when no machine was ready within the acquire timeout: then
+    /// the pool has started and goes on trying. With [`OnFailure::FailFast`], the first attempt's error in the same way.
     ///
     /// # Cancel safety
     /// A dropped call is carried to its end.
@@ -224,8 +225,8 @@ impl Pool {
         }
     }
 
-    /// Changes the size while it runs. Tiers keep their preference: the coldest one gives and takes. Zero empties it, but for what
-    /// is held.
+    /// Changes the size while it runs. Tiers keep their preference: the coldest one gives and takes. Zero empties it, but for
+    /// what is held.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] beyond the configured maximum; [`ErrorKind::Closed`].
@@ -250,9 +251,9 @@ impl Pool {
         self.ask(|reply| Message::Discard(id.clone(), reply)).await.unwrap_or_else(|| Err(self.shared.closed()))
     }
 
-    /// Closes it: callers that wait get an error, creation is cancelled, and all machines are deleted at once; those that are held
-    /// as well, unless the configuration leaves them to their holders. Returns when that is done, or after `limit` with what is
-    /// left: a second close tries again. Closers at the same time share one result, at the earliest of their limits.
+    /// Closes it: callers that wait get an error, creation is cancelled, and all machines are deleted at once; those that are
+    /// held as well, unless the configuration leaves them to their holders. Returns when that is done, or after `limit` with
+    /// what is left: a second close tries again. Closers at the same time share one result, at the earliest of their limits.
     ///
     /// # Cancel safety
     /// A dropped call is carried to its end.

@@ -17,6 +17,7 @@ use super::closing::Closing;
 use super::events::{Details, EventKind, Events, Journal};
 use super::message::{Mailbox, Message, Waiter};
 use super::metrics::Metrics;
+use super::pace::Pace;
 use super::plan::{Counts, Gate, Limits};
 use super::queue::Queue;
 use super::slots::{Phase, Slot, SlotNo, Slots};
@@ -27,7 +28,8 @@ use crate::error::{Error, Result};
 use crate::instance::Instance;
 use crate::spec::Id;
 
-/// Messages handled before the next look at the plan: enough to make one plan serve many, few enough to keep callers from waiting.
+/// Messages handled before the next look at the plan: enough to make one plan serve many, few enough to keep callers from
+/// waiting.
 const BATCH: usize = 64;
 /// Where the loop waits when nothing is to come.
 const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -380,43 +382,6 @@ impl Supervisor {
     pub(super) fn instance(&self, no: SlotNo) -> Option<Instance> {
         self.slots.get(no).and_then(|slot: &Slot| slot.instance.clone())
     }
-}
-
-/// How fast waiters are served, from what was seen.
-#[derive(Default)]
-pub(super) struct Pace {
-    last: Option<Instant>,
-    gap: Option<Duration>,
-    create: Option<Duration>,
-}
-
-impl Pace {
-    /// A waiter was served; `more` when others wait.
-    pub(super) fn served(&mut self, now: Instant, more: bool) {
-        if let Some(last) = self.last {
-            self.gap = Some(mix(self.gap, now.duration_since(last)));
-        }
-        self.last = more.then_some(now);
-    }
-
-    pub(super) fn created(&mut self, took: Duration) {
-        self.create = Some(mix(self.create, took));
-    }
-
-    /// How long until the waiter with so many ahead is served.
-    pub(super) fn estimate(&self, ahead: usize, concurrency: usize) -> Option<Duration> {
-        let turns = u32::try_from(ahead + 1).unwrap_or(u32::MAX);
-        match (self.gap, self.create) {
-            (Some(gap), _) => Some(gap.saturating_mul(turns)),
-            (None, Some(create)) => Some(create.saturating_mul(turns.div_ceil(concurrency.max(1) as u32))),
-            (None, None) => None,
-        }
-    }
-}
-
-/// A moving average: one fifth of the new.
-fn mix(old: Option<Duration>, new: Duration) -> Duration {
-    old.map_or(new, |old| old.mul_f64(0.8) + new.mul_f64(0.2))
 }
 
 /// The standard library's hasher has random keys: no dependency is needed for that.

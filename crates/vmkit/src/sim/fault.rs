@@ -237,11 +237,13 @@ pub enum Broken {
     NeverAdopts,
     /// Another process may operate at the same time.
     NoLock,
+    /// Several processes may have the same pool's name.
+    SharesClaims,
 }
 
 impl Broken {
     /// Each of them.
-    pub const ALL: [Broken; 28] = [
+    pub const ALL: [Broken; 29] = [
         Broken::Liar,
         Broken::Leaker,
         Broken::HangsOnKill,
@@ -270,5 +272,6 @@ impl Broken {
         Broken::StaleList,
         Broken::NeverAdopts,
         Broken::NoLock,
+        Broken::SharesClaims,
     ];
 }

@@ -104,8 +104,8 @@ impl Provider for SimProvider {
     async fn claim(&self, name: &Id) -> Result<SimClaim> {
         self.ask(name, Verb::Claim).await?;
         let taken = self.world.change(|hw| {
-            if let Some(holder) = hw.claims.get(name) {
-                return Err(*holder);
+            if let Some(holder) = hw.claims.get(name).copied().filter(|_| !hw.is(Broken::SharesClaims)) {
+                return Err(holder);
             }
             let token = hw.number();
             hw.claims.insert(name.clone(), token);
