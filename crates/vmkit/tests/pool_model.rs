@@ -430,7 +430,16 @@ fn schedules_with_many_faults() {
 #[test]
 fn schedules_that_once_failed() {
     for &seed in REGRESSIONS {
-        schedule(seed, if seed < 100_000 { Odds::default() } else if seed < 200_000 { Odds::each(0.004) } else { Odds::each(0.03) });
+        schedule(
+            seed,
+            if seed < 100_000 {
+                Odds::default()
+            } else if seed < 200_000 {
+                Odds::each(0.004)
+            } else {
+                Odds::each(0.03)
+            },
+        );
     }
 }
 
