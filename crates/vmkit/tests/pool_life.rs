@@ -660,6 +660,7 @@ async fn a_machine_whose_ready_command_fails_is_never_handed_out() {
     let pool = builder.size(1).ready_command(words).on_failure(OnFailure::FailFast).build().unwrap();
     let error = pool.start().await.unwrap_err();
     assert!(error.to_string().contains("ready command \"sh\" ended with exit code 3"), "{error:?}");
+    assert!(!format!("{error:?}").contains("secret"), "{error:?}");
     assert_eq!(pool.acquire().timeout(secs(60)).await.unwrap_err().kind(), ErrorKind::Backend);
     close(&pool, &world).await;
 }

@@ -132,7 +132,11 @@ pub(super) async fn run(exec: Exec) {
     let outputs: Vec<_> = open
         .into_iter()
         .filter_map(|(which, pipe, said)| {
-            let pipe = pipe::Receiver::from_owned_fd_unchecked(pipe).ok()?;
+            let Ok(pipe) = pipe::Receiver::from_owned_fd_unchecked(pipe) else {
+                // What comes after cannot be waited for; what came is told.
+                let _ = says.send(Event::Said(which, said));
+                return None;
+            };
             let header = Header { id, which };
             Some(tokio::spawn(drain(pipe, said, header, opener.clone(), slot.life.clone(), says.clone())))
         })

@@ -20,8 +20,7 @@ use tracing::{Instrument, debug_span};
 use super::backoff::after;
 use super::config::OnFailure;
 use super::lease::{Hold, Lease};
-use super::message::{Mailbox, Message, Waiter};
-use super::queue::Turn;
+use super::message::{Claimant, Mailbox, Message, Waiter};
 use super::slots::SlotNo;
 use super::{Pool, Shared, tasks};
 use crate::error::{Error, ErrorKind, Result};
@@ -106,7 +105,7 @@ impl Acquire {
         let (reply, answer) = oneshot::channel();
         let now = Instant::now();
         let deadline = after(now, self.timeout);
-        let waiter = Box::new(Waiter {
+        let who = Claimant {
             ticket,
             key: self.key.unwrap_or_default().into(),
             holder: self.holder.map(Into::into),
@@ -115,8 +114,8 @@ impl Acquire {
             since: now,
             deadline,
             turn: None,
-            reply,
-        });
+        };
+        let waiter = Box::new(Waiter { who, reply });
         let sent = match shared.usable() {
             Ok(()) => shared.mailbox.send(Message::Acquire(waiter)).map_err(|_| shared.closed()),
             Err(error) => Err(error),
@@ -273,18 +272,6 @@ pub(super) struct Grant {
     done: bool,
 }
 
-/// What a waiter is apart from its way to be answered.
-pub(super) struct Claimant {
-    pub ticket: u64,
-    pub key: Arc<str>,
-    pub holder: Option<Arc<str>>,
-    pub labels: Arc<BTreeMap<String, String>>,
-    pub limit: Option<Duration>,
-    pub since: Instant,
-    pub deadline: Instant,
-    pub turn: Option<Turn>,
-}
-
 impl Grant {
     pub(super) fn new(
         slot: SlotNo,
@@ -342,20 +329,7 @@ impl Grant {
 
     fn reject(mut self, error: Error, reply: Option<oneshot::Sender<Result<Grant>>>) {
         self.done = true;
-        let Claimant { ticket, key, holder, labels, limit, since, deadline, turn } = &self.claimant;
-        let waiter = reply.map(|reply| {
-            Box::new(Waiter {
-                ticket: *ticket,
-                key: key.clone(),
-                holder: holder.clone(),
-                labels: labels.clone(),
-                limit: *limit,
-                since: *since,
-                deadline: *deadline,
-                turn: *turn,
-                reply,
-            })
-        });
+        let waiter = reply.map(|reply| Box::new(Waiter { who: self.claimant.clone(), reply }));
         let _ = self.mailbox.send(Message::Rejected { slot: self.slot, error, waiter });
     }
 }

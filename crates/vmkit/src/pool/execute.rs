@@ -26,10 +26,10 @@ impl Supervisor {
         self.wake = steps.wake;
         for _ in 0..steps.hand_over {
             let Some((turn, mut waiter)) = self.queue.pop() else { break };
-            waiter.turn = Some(turn);
+            waiter.who.turn = Some(turn);
             if let Some(back) = self.grant(waiter, now) {
                 // The last one was dead: it keeps its turn.
-                let (ticket, key) = (back.ticket, back.key.clone());
+                let (ticket, key) = (back.who.ticket, back.who.key.clone());
                 self.queue.put_back(ticket, key, turn, back);
                 break;
             }

@@ -24,8 +24,15 @@ use crate::spec::Id;
 
 pub(super) type Mailbox = mpsc::UnboundedSender<Message>;
 
-/// A caller that wants a machine.
+/// A caller that wants a machine, and the way to answer it.
 pub(super) struct Waiter {
+    pub who: Claimant,
+    pub reply: oneshot::Sender<Result<Grant>>,
+}
+
+/// Who wants a machine; with it a caller whose machine was unfit is in its place again.
+#[derive(Clone)]
+pub(super) struct Claimant {
     pub ticket: u64,
     pub key: Arc<str>,
     pub holder: Option<Arc<str>>,
@@ -35,7 +42,6 @@ pub(super) struct Waiter {
     pub deadline: Instant,
     /// Where it was in the queue; absent until it was there.
     pub turn: Option<Turn>,
-    pub reply: oneshot::Sender<Result<Grant>>,
 }
 
 /// A machine that was made, or was not.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::acquire::{Claimant, Grant, Place};
+use super::acquire::{Grant, Place};
 use super::backoff::after;
 use super::config::OnFailure;
 use super::events::{Details, EventKind};
@@ -20,7 +20,7 @@ use crate::state::State;
 impl Supervisor {
     pub(super) fn on_acquire(&mut self, mut waiter: Box<Waiter>, now: Instant) {
         if !self.is_open() {
-            let holder = waiter.holder.clone();
+            let holder = waiter.who.holder.clone();
             self.event(
                 EventKind::AttemptToUseClosedPool,
                 None,
@@ -31,7 +31,7 @@ impl Supervisor {
         // Ready, and nobody before it: no place in the queue is needed. It has its turn all the same, should what it is given
         // turn out dead.
         if self.queue.len() == 0 && self.slots.first_ready(Tier::Running).is_some() {
-            waiter.turn = Some(self.queue.pass(self.weight(&waiter.key)));
+            waiter.who.turn = Some(self.queue.pass(self.weight(&waiter.who.key)));
             match self.grant(waiter, now) {
                 None => return,
                 Some(back) => waiter = back,
@@ -42,13 +42,17 @@ impl Supervisor {
             let error = Error::new(ErrorKind::Exhausted, message).during("Acquire");
             return self.refuse(*waiter, error.hint("try again later, or make the pool larger"));
         }
-        self.event(EventKind::AcquireWaiting, None, Details { holder: waiter.holder.as_ref(), ..Details::default() });
+        self.event(
+            EventKind::AcquireWaiting,
+            None,
+            Details { holder: waiter.who.holder.as_ref(), ..Details::default() },
+        );
         self.enqueue(waiter);
     }
 
     fn enqueue(&mut self, waiter: Box<Waiter>) {
-        let (ticket, key) = (waiter.ticket, waiter.key.clone());
-        match waiter.turn {
+        let (ticket, key) = (waiter.who.ticket, waiter.who.key.clone());
+        match waiter.who.turn {
             Some(turn) => self.queue.put_back(ticket, key, turn, waiter),
             None => {
                 let weight = self.weight(&key);
@@ -63,7 +67,7 @@ impl Supervisor {
 
     /// Hands the next running machine to a waiter; gives the waiter back when there is none.
     pub(super) fn grant(&mut self, waiter: Box<Waiter>, now: Instant) -> Option<Box<Waiter>> {
-        if waiter.deadline < now {
+        if waiter.who.deadline < now {
             // It has not looked since: a machine would wait for it in vain.
             let error = Error::new(ErrorKind::TimedOut, "no machine within its time").during("Acquire");
             self.refuse(*waiter, error);
@@ -85,14 +89,14 @@ impl Supervisor {
             let answered = self.slots.get(no).map_or(now, |slot| slot.answered);
             self.slots.enter(no, Phase::Granted { hold: hold.clone(), number: number.unwrap_or_default() }, now);
             self.slots.update(no, |slot| {
-                slot.holder = waiter.holder.clone();
-                slot.labels = waiter.labels.clone();
+                slot.holder = waiter.who.holder.clone();
+                slot.labels = waiter.who.labels.clone();
             });
-            self.metrics.queued.record(now.duration_since(waiter.since).as_secs_f64());
+            self.metrics.queued.record(now.duration_since(waiter.who.since).as_secs_f64());
             self.event(EventKind::VmDequeued, Some(no), Details::default());
-            let Waiter { ticket, key, holder, labels, limit, since, deadline, turn, reply } = *waiter;
-            let claimant = Claimant { ticket, key, holder, labels, limit, since, deadline, turn };
-            self.slots.update(no, |slot| slot.limit = (limit, since));
+            let Waiter { who: claimant, reply } = *waiter;
+            let lasts = (claimant.limit, claimant.since);
+            self.slots.update(no, |slot| slot.limit = lasts);
             self.slots.alarm(no, Some(Grant::expires(&claimant)));
             let grant = Grant::new(no, instance, hold, self.mailbox.clone(), answered, claimant);
             // Nobody there any more: the grant comes back as it was, by itself.
@@ -103,8 +107,8 @@ impl Supervisor {
 
     pub(super) fn refuse(&mut self, waiter: Waiter, error: Error) {
         let details = Details {
-            holder: waiter.holder.as_ref(),
-            duration: Some(waiter.since.elapsed()),
+            holder: waiter.who.holder.as_ref(),
+            duration: Some(waiter.who.since.elapsed()),
             error: Some(&error),
             ..Details::default()
         };
