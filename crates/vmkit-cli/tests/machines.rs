@@ -102,10 +102,11 @@ fn the_lifecycle_across_invocations() {
     assert_eq!(state.fails(4, &["start", "web"])["state"], "Running");
     assert_eq!(state.fails(4, &["delete", "web"])["code"], "illegal-request");
     assert_eq!(state.ok(&["exec", "web", "--", "nproc"]), "2\n");
-    // What runs in the background and lets go of its streams lives on.
-    let count = "n=0; while :; do n=$((n+1)); echo $n > /dev/shm/n; sleep 0.05; done";
+    // What runs in the background and lets go of its streams lives on. It adds to its file: one that is written anew is
+    // empty for a moment, and a reader sees that.
+    let count = "while :; do echo >> /dev/shm/n; sleep 0.05; done";
     state.ok(&["exec", "web", "--", "sh", "-c", &format!("({count}) >/dev/null 2>&1 & sleep 0.5")]);
-    let number = || state.ok(&["exec", "web", "--", "cat", "/dev/shm/n"]).trim().parse::<u64>().unwrap();
+    let number = || state.ok(&["exec", "web", "--", "sh", "-c", "wc -l < /dev/shm/n"]).trim().parse::<u64>().unwrap();
     let before = number();
     state.ok(&["suspend", "web"]);
     assert_eq!(state.pids(), [0; 0]);
