@@ -9,13 +9,13 @@ use vmkit::{BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, I
 use vmkit_backends::qemu::{Accelerator, Qemu, QemuConfig};
 
 use crate::error::{Error, Result};
-use crate::samples::{Samples, median, ms};
+use crate::samples::{Samples, ms};
 use crate::stop::Stop;
 
 /// Short measurements are made this often in each round.
 const REPEATS: usize = 3;
-/// Answers of a warm guest: how many are thrown away, and how many are measured.
-const WARM: (usize, usize) = (5, 20);
+/// How many answers make a guest warm.
+const WARM: usize = 5;
 /// The same process as the floor's.
 const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
 /// What makes a pool's machine warm.
@@ -41,7 +41,9 @@ pub struct Ours {
 
 impl Ours {
     /// What [`boot`](Ours::boot) measures.
-    pub const BOOT: &[&str] = &["clone", "cold_boot", "exec_warm", "process_warm", "out_mib_s"];
+    pub const BOOT: &[&str] = &["clone", "cold_boot", "out_mib_s"];
+    /// What [`warm`](Ours::warm) is for.
+    pub const WARM: &[&str] = &["exec_warm", "process_warm"];
     /// What [`suspend`](Ours::suspend) measures.
     pub const SUSPEND: &[&str] = &["suspend", "suspend_fsync", "resume", "resume_ping", "delete"];
 
@@ -73,7 +75,7 @@ impl Ours {
         Ok((facts.program, kvm))
     }
 
-    /// A machine's way from nothing to a process's answer, then warm; it is parked at the end.
+    /// A machine's way from nothing to a process's answer, and its output; it is parked at the end.
     ///
     /// # Errors
     /// When vmkit fails, or on an interruption.
@@ -90,8 +92,6 @@ impl Ours {
             vm.start(ConsoleSinks::discard()).await?;
             say(&vm, &["echo", "hello"], "hello").await?;
             samples.add("cold_boot", ms(clock.elapsed()));
-            samples.add("exec_warm", warm(async || vm.ping().await).await?);
-            samples.add("process_warm", warm(async || say(&vm, PROCESS.0, PROCESS.1).await).await?);
             let clock = Instant::now();
             let zeros = vm.command("dd").args(["if=/dev/zero", "bs=64k", "count=1024"]).output().await?.stdout;
             samples.add("out_mib_s", zeros.len() as f64 / f64::from(1 << 20) / clock.elapsed().as_secs_f64());
@@ -100,6 +100,57 @@ impl Ours {
         run(&self.runtime, &self.stop, measure)?;
         self.parked = Some(id);
         Ok(())
+    }
+
+    /// The machine that is parked, running and warm: what it does now it does as fast as ever. Parked again by
+    /// [`park`](Ours::park).
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn warm(&mut self, samples: &mut Samples) -> Result<Instance> {
+        if self.parked.is_none() {
+            self.boot(samples)?;
+        }
+        let Some(id) = self.parked.clone() else { return Err(Error::Interrupted) };
+        let start = async {
+            let vm = self.host.adopt(&id).await?;
+            vm.start(ConsoleSinks::discard()).await?;
+            Ok(vm)
+        };
+        let vm = run(&self.runtime, &self.stop, start)?;
+        for _ in 0..WARM {
+            self.process(&vm)?;
+            self.ping(&vm)?;
+        }
+        Ok(vm)
+    }
+
+    /// Parks the machine that [`warm`](Ours::warm) gave.
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn park(&self, vm: Instance) -> Result<()> {
+        run(&self.runtime, &self.stop, async { vm.suspend().await })
+    }
+
+    /// How long a process's answer takes, in milliseconds.
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn process(&self, vm: &Instance) -> Result<f64> {
+        let clock = Instant::now();
+        run(&self.runtime, &self.stop, say(vm, PROCESS.0, PROCESS.1))?;
+        Ok(ms(clock.elapsed()))
+    }
+
+    /// How long the agent's own answer takes, in milliseconds.
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn ping(&self, vm: &Instance) -> Result<f64> {
+        let clock = Instant::now();
+        run(&self.runtime, &self.stop, async { vm.ping().await })?;
+        Ok(ms(clock.elapsed()))
     }
 
     /// Suspends and resumes of the machine that is parked; it is deleted at the end.
@@ -251,18 +302,4 @@ async fn say(vm: &Instance, words: &[&str], answer: &str) -> vmkit::Result<()> {
             Err(VmkitError::new(ErrorKind::Inconsistent, what).on(vm.id().as_str()))
         }
     }
-}
-
-/// The median time of what a machine does for the hundredth time as for the tenth.
-async fn warm(mut once: impl AsyncFnMut() -> vmkit::Result<()>) -> vmkit::Result<f64> {
-    for _ in 0..WARM.0 {
-        once().await?;
-    }
-    let mut times = Vec::new();
-    for _ in 0..WARM.1 {
-        let clock = Instant::now();
-        once().await?;
-        times.push(ms(clock.elapsed()));
-    }
-    Ok(median(&times))
 }

@@ -7,7 +7,7 @@
 //!       ◀─ stdout, stderr (when there is more) ─└─────────┘ ◀── pipe ◀──
 //! ```
 //!
-//! Most commands are over when the agent first looks, and have said little: all that there is to tell is then told in one
+//! Most commands are over before the agent first looks, and have said little: all that there is to tell is then told in one
 //! message, and nothing is set up that would wait for more. Of the others, the exit is told as soon as the process has ended,
 //! also when a child of it keeps its output open. The control stream ends when both outputs are spoken for.
 
@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
@@ -29,6 +30,10 @@ use crate::protocol::{self, Control, Header, Reply, Which};
 
 /// Read from a pipe and written to a stream at once, at most.
 const CHUNK: usize = 64 * 1024;
+/// How long a command may take to be over before anything is set up that waits for its outputs. Nobody notices it in a command
+/// that takes longer, and a shorter one is spared most of what the agent does; a translated guest takes five or six to execute
+/// the smallest program.
+const BRIEF: Duration = Duration::from_millis(15);
 /// Most commands say little: memory that is not touched costs nothing.
 const FIRST: usize = 4 * 1024;
 
@@ -96,28 +101,34 @@ pub(super) struct Exec {
 pub(super) async fn run(exec: Exec) {
     let Exec { id, process, control, opener, slot, holds, stdin } = exec;
     let Process { pid, stdin: to_process, outputs: [stdout, stderr], mut exit } = process;
-    let outputs = [Output::look(Which::Stdout, stdout), Output::look(Which::Stderr, stderr)];
     let started = Reply::Started(pid.as_raw_nonzero().get().unsigned_abs());
     let (from_host, mut to_host) = tokio::io::split(control);
-    let mut exited = exit.try_recv().ok();
-    let mut first = vec![started];
-    // What is over by now goes out in one write.
+    // When it fails the session is gone, and the reader of the control stream sees it as well.
+    let _ = say(&mut to_host, &[started]).await;
+    // Most commands are short: nobody looks at their outputs before they are over, and all that is left goes out in one write.
+    // What is fed may wait for its input before it ends.
+    let mut exited = match stdin.is_some() {
+        true => exit.try_recv().ok(),
+        false => tokio::time::timeout(BRIEF, &mut exit).await.ok().and_then(Result::ok),
+    };
+    let mut rest = Vec::new();
     let mut spoken_for = 0;
     let mut open = Vec::new();
-    for output in outputs {
+    for output in [Output::look(Which::Stdout, stdout), Output::look(Which::Stderr, stderr)] {
         match output.pipe {
             Some(pipe) => open.push((output.which, pipe, output.said)),
             None => {
                 spoken_for += 1;
                 if output.connected {
-                    first.push(Reply::Said(output.which, output.said));
+                    rest.push(Reply::Said(output.which, output.said));
                 }
             }
         }
     }
-    first.extend(exited.map(Reply::Exited));
-    // When it fails the session is gone, and the reader of the control stream sees it as well.
-    let _ = say(&mut to_host, &first).await;
+    rest.extend(exited.map(Reply::Exited));
+    if !rest.is_empty() {
+        let _ = say(&mut to_host, &rest).await;
+    }
     if exited.is_some() && open.is_empty() {
         let _ = to_host.shutdown().await;
         return;

@@ -35,8 +35,10 @@ const BUILTIN: &str = "true";
 const PROCESS: (&str, &str) = ("/bin/busybox uname", "Linux");
 /// Short measurements are made this often in each round.
 const REPEATS: usize = 3;
-/// Answers of a warm guest: how many are thrown away, and how many are measured.
-const WARM: (usize, usize) = (5, 20);
+/// How many answers make a guest warm.
+const WARM: usize = 5;
+/// How often a warm guest is paused.
+const PAUSES: usize = 20;
 /// Throw-away machines in all, and at a time.
 const CHURN: (usize, usize) = (16, 2);
 /// Machines that are paused at once.
@@ -113,11 +115,13 @@ pub struct Floor {
 
 impl Floor {
     /// What [`boot`](Floor::boot) measures.
-    pub const BOOT: &[&str] = &["qmp_ready", "cold_boot", "template_save", "exec_warm", "out_mib_s"];
+    pub const BOOT: &[&str] = &["qmp_ready", "cold_boot", "template_save", "out_mib_s"];
     /// What [`fork`](Floor::fork) measures.
     pub const FORK: &[&str] = &["fork_total", "fork_load"];
     /// What [`process`](Floor::process) measures.
-    pub const PROCESS: &[&str] = &["fork_process", "process_warm", "resume_paused"];
+    pub const PROCESS: &[&str] = &["fork_process", "resume_paused"];
+    /// What [`warm`](Floor::warm) is for.
+    pub const WARM: &[&str] = &["exec_warm", "process_warm"];
     /// What [`disk`](Floor::disk) measures.
     pub const DISK: &[&str] = &["suspend", "resume_disk", "resume_process"];
     /// What [`crowd`](Floor::crowd) measures.
@@ -141,7 +145,6 @@ impl Floor {
         samples.add("cold_boot", ms(vm.started.elapsed()));
         samples.add("qmp_ready", ms(vm.ready));
         vm.shell("KEPT=template")?;
-        samples.add("exec_warm", warm(&mut vm, |vm| vm.shell(BUILTIN).map(drop))?);
         for _ in 0..REPEATS {
             let clock = Instant::now();
             let zeros = vm.shell("dd if=/dev/zero bs=64k count=1024 2>/dev/null")?;
@@ -169,7 +172,7 @@ impl Floor {
         Ok(())
     }
 
-    /// Forks of the template, to the answer of a process; then processes in one that is warm, and pauses of it.
+    /// Forks of the template, to the answer of a process; then pauses of one that is warm.
     ///
     /// # Errors
     /// As [`boot`](Floor::boot).
@@ -180,10 +183,11 @@ impl Floor {
             vm.expect(PROCESS.0, PROCESS.1)?;
             samples.add("fork_process", ms(vm.started.elapsed()));
             if repeat + 1 == REPEATS {
-                samples.add("process_warm", warm(&mut vm, |vm| vm.expect(PROCESS.0, PROCESS.1))?);
-                vm.shell(BUILTIN)?;
+                for _ in 0..WARM {
+                    vm.shell(BUILTIN)?;
+                }
                 let mut resumed = Vec::new();
-                for _ in 0..WARM.1 {
+                for _ in 0..PAUSES {
                     vm.pause()?;
                     let clock = Instant::now();
                     vm.cont()?;
@@ -195,6 +199,20 @@ impl Floor {
             vm.quit()?;
         }
         Ok(())
+    }
+
+    /// A fork that is warm: what it does now it does as fast as ever.
+    ///
+    /// # Errors
+    /// As [`boot`](Floor::boot).
+    pub fn warm(&mut self, samples: &mut Samples) -> Result<Warm<'_>> {
+        self.need_template(samples)?;
+        let mut warm = Warm(self.forked()?);
+        for _ in 0..WARM {
+            warm.process()?;
+            warm.builtin()?;
+        }
+        Ok(warm)
     }
 
     /// Suspends and resumes of a machine whose memory file is its own.
@@ -272,18 +290,30 @@ impl Floor {
     }
 }
 
-/// The median time of what a guest does for the hundredth time as for the tenth.
-fn warm(vm: &mut Qemu<'_>, mut once: impl FnMut(&mut Qemu<'_>) -> Result<()>) -> Result<f64> {
-    for _ in 0..WARM.0 {
-        once(vm)?;
-    }
-    let mut times = Vec::new();
-    for _ in 0..WARM.1 {
+/// A warm machine; ended when dropped.
+#[derive(Debug)]
+pub struct Warm<'a>(Qemu<'a>);
+
+impl Warm<'_> {
+    /// How long a process's answer takes, in milliseconds.
+    ///
+    /// # Errors
+    /// As [`Floor::boot`].
+    pub fn process(&mut self) -> Result<f64> {
         let clock = Instant::now();
-        once(vm)?;
-        times.push(ms(clock.elapsed()));
+        self.0.expect(PROCESS.0, PROCESS.1)?;
+        Ok(ms(clock.elapsed()))
     }
-    Ok(median(&times))
+
+    /// How long the shell's own answer takes, in milliseconds.
+    ///
+    /// # Errors
+    /// As [`Floor::boot`].
+    pub fn builtin(&mut self) -> Result<f64> {
+        let clock = Instant::now();
+        self.0.shell(BUILTIN)?;
+        Ok(ms(clock.elapsed()))
+    }
 }
 
 /// A copy of a memory file, shared with it where the file system can do that.
