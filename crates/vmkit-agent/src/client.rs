@@ -124,17 +124,48 @@ impl Client {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let link = Link::new(line);
-        let Some(guest) = shake(&link, Kind::Hello).await? else { return Err(AgentError::Handshake) };
-        if guest != VERSION {
-            return Err(AgentError::Version { host: VERSION, guest });
+        greet(&link, Vec::new()).await?;
+        Ok(Client::begin(link))
+    }
+
+    /// The same with a guest that goes on from a saved execution: its clock is set to this host's, and its kernel has fresh random
+    /// numbers, before it answers.
+    ///
+    /// # Errors
+    /// Also says which of the two could not be done.
+    ///
+    /// # Cancel safety
+    /// As [`connect`](Client::connect).
+    pub async fn connect_renewed<S>(line: S) -> Result<Client, AgentError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut seed = [0; 32];
+        for part in seed.chunks_mut(16) {
+            part.copy_from_slice(&nonce());
         }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let link = Link::new(line);
+        let answer = greet(&link, protocol::payload(&Renew { now, seed })).await?;
+        match protocol::decode(&answer).map_err(|error| AgentError::Protocol(error.to_string()))? {
+            Reply::Done => Ok(Client::begin(link)),
+            Reply::Failed(failure, message) => Err(failed(failure, message)),
+            other => Err(AgentError::Protocol(format!("{other:?} to a renewal"))),
+        }
+    }
+
+    fn begin<S>(link: Link<S>) -> Client
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let (drive, opener, inbound) = session(link.clone(), Mode::Client);
         let waiting = Waiting::default();
         let driver = tokio::spawn(drive);
         tokio::spawn(dispatch(inbound, waiting.clone()));
         let bye: Farewell = Box::new(|| {
             async move {
-                match shake(&link, Kind::Bye).await? {
+                match shake(&link, Kind::Bye, Vec::new()).await? {
                     Some(_) => Ok(Left(Box::new(link))),
                     None => Err(io::ErrorKind::UnexpectedEof.into()),
                 }
@@ -142,7 +173,7 @@ impl Client {
             .boxed()
         });
         let (next_id, bye) = (AtomicU64::new(1), Mutex::new(Some(bye)));
-        Ok(Client(Arc::new(Inner { opener, next_id, waiting, driver, bye })))
+        Client(Arc::new(Inner { opener, next_id, waiting, driver, bye }))
     }
 
     /// Ends the session, and returns when the agent has ended its side: what it has to do for that is done now, and not when a
@@ -185,24 +216,6 @@ impl Client {
     /// [`AgentError::Closed`] when the connection is gone.
     pub async fn freeze(&self, on: bool) -> Result<(), AgentError> {
         self.done(&Request::Freeze(on)).await
-    }
-
-    /// Sets the guest's clock to this host's, and gives its kernel fresh random numbers: after a resume.
-    ///
-    /// # Errors
-    /// Says which could not be done.
-    pub async fn renew(&self) -> Result<(), AgentError> {
-        let mut seed = [0; 32];
-        for part in seed.chunks_mut(16) {
-            part.copy_from_slice(&nonce());
-        }
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-        match self.ask(&Request::Renew(Renew { now, seed })).await? {
-            Reply::Done => Ok(()),
-            Reply::Failed(failure, message) => Err(failed(failure, message)),
-            other => Err(AgentError::Protocol(format!("{other:?} to a request"))),
-        }
     }
 
     /// Gives the guest what it was not started with, in one question and one answer.
@@ -470,20 +483,32 @@ async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: wa
     });
 }
 
-/// Sends a handshake and waits for its answer: the agent's version, or `None` when the line ends first.
-async fn shake<S>(link: &Link<S>, kind: Kind) -> io::Result<Option<u16>>
+/// Sends a handshake and waits for its answer; `None` when the line ends first.
+async fn shake<S>(link: &Link<S>, kind: Kind, payload: Vec<u8>) -> io::Result<Option<Handshake>>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
     let nonce = nonce();
-    link.send_handshake(&Handshake { kind, version: VERSION, nonce }).await?;
+    link.send_handshake(&Handshake { kind, version: VERSION, nonce, payload }).await?;
     while let Some(answer) = link.next_handshake().await? {
         // An answer to an earlier host may still be on the line.
         if answer.kind == Kind::Ack && answer.nonce == nonce {
-            return Ok(Some(answer.version));
+            return Ok(Some(answer));
         }
     }
     Ok(None)
+}
+
+/// Begins with an agent of our version, and returns what it answers to `payload`.
+async fn greet<S>(link: &Link<S>, payload: Vec<u8>) -> Result<Vec<u8>, AgentError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    match shake(link, Kind::Hello, payload).await? {
+        Some(answer) if answer.version == VERSION => Ok(answer.payload),
+        Some(answer) => Err(AgentError::Version { host: VERSION, guest: answer.version }),
+        None => Err(AgentError::Handshake),
+    }
 }
 
 async fn send(to: &mut (impl AsyncWrite + Unpin), message: &impl serde::Serialize) -> Result<(), AgentError> {

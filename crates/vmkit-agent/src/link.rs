@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The protocol's version; both sides must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Begins a handshake frame. All bytes differ, so a match never has to be re-examined.
 pub const MARKER: [u8; 8] = [0xF5, b'v', b'm', b'k', b'i', b't', 0x1A, 0xA7];
@@ -20,6 +20,10 @@ const STUFFING: u8 = 0;
 
 /// Bytes of a handshake frame after its marker.
 pub const FRAME: usize = 24;
+/// Ends a payload; no byte of the marker.
+const END: u8 = 0;
+/// The longest message that a handshake carries.
+pub const MAX_PAYLOAD: usize = 64 * 1024;
 /// Bytes read from the line at once.
 const READ: usize = 64 * 1024;
 /// A virtio-serial port takes no more at once.
@@ -144,7 +148,7 @@ pub enum Kind {
 }
 
 /// A handshake frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handshake {
     /// Who speaks.
     pub kind: Kind,
@@ -152,12 +156,15 @@ pub struct Handshake {
     pub version: u16,
     /// Tells this session's answer from an older one's.
     pub nonce: [u8; 16],
+    /// What is said with it: a question that need not wait for a session, or its answer. Sent as data is, so that a host that
+    /// leaves in the middle of it is noticed when the next one begins. At most [`MAX_PAYLOAD`] bytes.
+    pub payload: Vec<u8>,
 }
 
 impl Handshake {
     /// The frame with its marker.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(MARKER.len() + FRAME);
+        let mut out = Vec::with_capacity(MARKER.len() + FRAME + self.payload.len());
         out.extend_from_slice(&MARKER);
         out.push(match self.kind {
             Kind::Hello => 1,
@@ -167,12 +174,18 @@ impl Handshake {
         out.push(0);
         out.extend_from_slice(&self.version.to_le_bytes());
         out.extend_from_slice(&self.nonce);
-        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&(self.payload.len() as u32).to_le_bytes());
+        if !self.payload.is_empty() {
+            let mut encoder = Encoder::default();
+            encoder.encode(&self.payload, &mut out);
+            // Whatever the payload ends with: what comes after it begins with nothing of a marker.
+            encoder.encode(&[END], &mut out);
+        }
         out
     }
 
-    /// The frame after a marker; `None` when it is none of ours.
-    pub fn decode(frame: &[u8; FRAME]) -> Option<Handshake> {
+    /// The frame after a marker, and how many bytes of payload follow it; `None` when it is none of ours.
+    pub fn decode(frame: &[u8; FRAME]) -> Option<(Handshake, usize)> {
         let kind = match frame[0] {
             1 => Kind::Hello,
             2 => Kind::Ack,
@@ -182,7 +195,8 @@ impl Handshake {
         let version = u16::from_le_bytes([frame[2], frame[3]]);
         let mut nonce = [0; 16];
         nonce.copy_from_slice(&frame[4..20]);
-        Some(Handshake { kind, version, nonce })
+        let length = u32::from_le_bytes([frame[20], frame[21], frame[22], frame[23]]) as usize;
+        (length <= MAX_PAYLOAD).then_some((Handshake { kind, version, nonce, payload: Vec::new() }, length))
     }
 }
 
@@ -244,9 +258,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
                 }
             }
             self.lock().marked = false;
-            if let Some(handshake) = Handshake::decode(&frame) {
+            let Some((mut handshake, length)) = Handshake::decode(&frame) else { continue };
+            let whole = if length == 0 { 0 } else { length + 1 };
+            handshake.payload.resize(whole, 0);
+            let mut arrived = 0;
+            while arrived < whole {
+                let rest = &mut handshake.payload[arrived..];
+                match std::future::poll_fn(|cx| self.lock().poll_data(cx, rest)).await {
+                    Ok(0) => break,
+                    Ok(n) => arrived += n,
+                    Err(error) if error.kind() == io::ErrorKind::InvalidData => break,
+                    Err(error) => return Err(error),
+                }
+            }
+            if arrived == whole && handshake.payload.pop().is_none_or(|end| end == END) {
                 return Ok(Some(handshake));
             }
+            // Whoever said it left in the middle: what follows is the next one's, or the line's end.
         }
     }
 

@@ -20,8 +20,11 @@ Usage: vmkit-agent [--listen virtio|unix:PATH|tcp:ADDRESS:PORT]
 As process 1 it loads the modules of its initramfs, mounts the root disk and reaps orphans.
 ";
 
-/// How often ports are looked for that appear late.
+/// How long after the first look for ports the second is; from then on each takes twice as long to come. A guest that was saved
+/// soon after its boot and goes on is to have something better to do.
 const LOOKS: Duration = Duration::from_millis(10);
+/// How long ports are looked for that appear late: the kernel announces a device's one after the other, within moments.
+const LATE: Duration = Duration::from_secs(5);
 /// How long there may be none before that is an error.
 const APPEARS: Duration = Duration::from_secs(60);
 
@@ -127,12 +130,12 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
             let message = "no virtio port named org.vmkit.agent.* has appeared";
             return Err(std::io::Error::new(std::io::ErrorKind::NotFound, message));
         }
-        // The kernel announces a device's ports one after the other, all within moments.
-        if !served.is_empty() && waited > Duration::from_secs(5) {
+        if !served.is_empty() && waited > LATE {
             std::future::pending::<()>().await;
         }
-        tokio::time::sleep(LOOKS).await;
-        waited += LOOKS;
+        let pause = if served.is_empty() { LOOKS } else { LOOKS.max(waited) };
+        tokio::time::sleep(pause).await;
+        waited += pause;
     }
 }
 

@@ -28,11 +28,10 @@ pub enum Request {
     Freeze(bool),
     /// A machine that was made ahead of time gets what it is to be.
     Bind(Bind),
-    /// A saved execution goes on: what the world has changed meanwhile.
-    Renew(Renew),
 }
 
-/// What a guest that goes on from a saved execution cannot know.
+/// What a guest that goes on from a saved execution cannot know. Said with the first handshake, and answered with its answer: a
+/// guest that goes on does everything for the first time again, and a session is much to do.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Renew {
     /// The host's time, nanoseconds since 1970.
@@ -183,6 +182,11 @@ pub fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     }
     bytes[..4].copy_from_slice(&(length as u32).to_le_bytes());
     Ok(bytes)
+}
+
+/// A message without its length, as a handshake carries it; nothing for one that is too long.
+pub fn payload(message: &impl Serialize) -> Vec<u8> {
+    postcard::to_stdvec(message).ok().filter(|bytes| bytes.len() <= crate::link::MAX_PAYLOAD).unwrap_or_default()
 }
 
 /// A message from its bytes, without the length.

@@ -8,7 +8,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 use vmkit_agent::client::{AgentError, Client, Exec, ExecRequest, Exit};
-use vmkit_agent::link::{Handshake, Kind, MARKER, VERSION};
+use vmkit_agent::link::{FRAME, Handshake, Kind, MARKER, VERSION};
+use vmkit_agent::protocol::{Failure, Reply, decode};
 
 /// Long enough for the slowest machine; only a hang reaches it.
 const HANGS: Duration = Duration::from_secs(60);
@@ -403,7 +404,7 @@ async fn a_second_hello_on_a_line_ends_the_first_session() {
     back.abort();
     // Half a frame of the lost session is still on the line, and then somebody new says hello.
     to_agent.write_all(&[0, 1, 2]).await.unwrap();
-    let hello = Handshake { kind: Kind::Hello, version: VERSION, nonce: [7; 16] };
+    let hello = Handshake { kind: Kind::Hello, version: VERSION, nonce: [7; 16], payload: Vec::new() };
     to_agent.write_all(&hello.encode()).await.unwrap();
     sleep(Duration::from_millis(100)).await;
     assert!(alive(detached_pid), "a detached command ended with its session");
@@ -458,7 +459,7 @@ async fn another_version_is_a_clear_error_on_both_sides() {
         let mut hello = [0; 32];
         theirs.read_exact(&mut hello).await.unwrap();
         let nonce = hello[12..28].try_into().unwrap();
-        let ack = Handshake { kind: Kind::Ack, version: VERSION + 1, nonce };
+        let ack = Handshake { kind: Kind::Ack, version: VERSION + 1, nonce, payload: Vec::new() };
         theirs.write_all(&ack.encode()).await.unwrap();
         theirs
     });
@@ -469,12 +470,12 @@ async fn another_version_is_a_clear_error_on_both_sides() {
     // A host of the future learns the agent's version, and a host of today is served on the same line afterwards.
     let guest = Guest::start();
     let mut line = guest.line().await;
-    let hello = Handshake { kind: Kind::Hello, version: VERSION + 1, nonce: [9; 16] };
+    let hello = Handshake { kind: Kind::Hello, version: VERSION + 1, nonce: [9; 16], payload: vec![1, 2, 3] };
     line.write_all(&hello.encode()).await.unwrap();
     let mut ack = [0; 32];
     timeout(HANGS, line.read_exact(&mut ack)).await.unwrap().unwrap();
     let answer = Handshake::decode(ack[8..].try_into().unwrap()).unwrap();
-    assert_eq!(answer, Handshake { kind: Kind::Ack, version: VERSION, nonce: [9; 16] });
+    assert_eq!(answer, (Handshake { kind: Kind::Ack, version: VERSION, nonce: [9; 16], payload: Vec::new() }, 0));
     let client = timeout(HANGS, Client::connect(line)).await.unwrap().unwrap();
     client.ping().await.unwrap();
 }
@@ -516,4 +517,36 @@ async fn leaving_ends_the_session_on_both_sides_before_it_returns() {
     let group = rustix::process::Pid::from_raw(frozen.pid as i32).unwrap();
     rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
     drop((frozen, left));
+}
+
+#[tokio::test]
+async fn what_is_said_with_a_handshake_is_answered_with_it_or_dropped_when_half_of_it_is_missing() {
+    let guest = Guest::start();
+    let mut line = guest.line().await;
+    // Ends as a marker begins, and contains one.
+    let nonsense = [&[0xFF; 40], &MARKER[..], &MARKER[..7]].concat();
+    let hello =
+        |nonce| Handshake { kind: Kind::Hello, version: VERSION, nonce: [nonce; 16], payload: nonsense.clone() };
+    // A host that is killed in the middle of it, at any byte, is followed by another.
+    let whole = hello(1).encode();
+    for cut in MARKER.len() + FRAME..whole.len() {
+        line.write_all(&whole[..cut]).await.unwrap();
+        line.write_all(&hello(2).encode()).await.unwrap();
+        // The session that the last one began may have had something to say meanwhile.
+        let mut seen = Vec::new();
+        while !seen.ends_with(&MARKER) {
+            seen.push(timeout(HANGS, line.read_u8()).await.unwrap().unwrap());
+        }
+        let mut ack = [0; FRAME];
+        timeout(HANGS, line.read_exact(&mut ack)).await.unwrap().unwrap();
+        let (answer, length) = Handshake::decode(&ack).unwrap();
+        assert_eq!((answer.kind, answer.nonce), (Kind::Ack, [2; 16]), "cut at {cut}");
+        let mut payload = vec![0; length + 1];
+        timeout(HANGS, line.read_exact(&mut payload)).await.unwrap().unwrap();
+        let reply: Reply = decode(&payload[..length]).unwrap();
+        assert!(matches!(reply, Reply::Failed(Failure::Invalid, _)), "{reply:?}");
+    }
+    // The session that was asked for is there all the same, and the line is good for the next.
+    let client = timeout(HANGS, Client::connect(line)).await.unwrap().unwrap();
+    client.ping().await.unwrap();
 }

@@ -330,7 +330,8 @@ fn old_agent(listener: &UnixListener) {
     let link = vmkit_agent::link::Handshake {
         kind: vmkit_agent::link::Kind::Ack,
         version: 9999,
-        nonce: vmkit_agent::link::Handshake::decode(hello[8..].try_into().unwrap()).unwrap().nonce,
+        nonce: vmkit_agent::link::Handshake::decode(hello[8..].try_into().unwrap()).unwrap().0.nonce,
+        payload: Vec::new(),
     };
     stream.write_all(&link.encode()).unwrap();
     let _ = stream.read(&mut hello);

@@ -17,23 +17,28 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
 
 use super::spawn::Process;
 use super::{MAX_EXECS, lock, procs};
 use crate::mux::{Opener, Stream};
-use crate::protocol::{self, Control, Header, Reply, Which};
+use crate::protocol::{self, Control, Exit, Header, Reply, Which};
 
 /// Read from a pipe and written to a stream at once, at most.
 const CHUNK: usize = 64 * 1024;
-/// How long a command may take to be over before anything is set up that waits for its outputs. Nobody notices it in a command
-/// that takes longer, and a shorter one is spared most of what the agent does; a translated guest takes five or six to execute
-/// the smallest program.
+/// How long a command may take to be over before its outputs are looked at; from then on each look waits twice as long, until it
+/// has said something. Nobody notices it in a command that takes longer, and a shorter one is spared most of what the agent does:
+/// a translated guest takes six milliseconds to execute the smallest program, and a hundred for the first time.
 const BRIEF: Duration = Duration::from_millis(15);
+/// No look waits this long: the command is not a brief one.
+const QUIET: Duration = Duration::from_millis(200);
 /// Most commands say little: memory that is not touched costs nothing.
 const FIRST: usize = 4 * 1024;
 
@@ -101,33 +106,40 @@ pub(super) struct Exec {
 pub(super) async fn run(exec: Exec) {
     let Exec { id, process, control, opener, slot, holds, stdin } = exec;
     let Process { pid, stdin: to_process, outputs: [stdout, stderr], mut exit } = process;
-    let started = Reply::Started(pid.as_raw_nonzero().get().unsigned_abs());
     let (from_host, mut to_host) = tokio::io::split(control);
-    // When it fails the session is gone, and the reader of the control stream sees it as well.
-    let _ = say(&mut to_host, &[started]).await;
-    // Most commands are short: nobody looks at their outputs before they are over, and all that is left goes out in one write.
-    // What is fed may wait for its input before it ends.
-    let mut exited = match stdin.is_some() {
-        true => exit.try_recv().ok(),
-        false => tokio::time::timeout(BRIEF, &mut exit).await.ok().and_then(Result::ok),
-    };
-    let mut rest = Vec::new();
+    let mut outputs = [Output::new(Which::Stdout, stdout), Output::new(Which::Stderr, stderr)];
+    let mut news = vec![Reply::Started(pid.as_raw_nonzero().get().unsigned_abs())];
+    let mut exited = exit.try_recv().ok();
+    let alive = Arc::new(AtomicBool::new(exited.is_none()));
+    let (says, mut replies) = mpsc::unbounded_channel();
+    let mut listener = Some(listen(from_host, pid, slot.life.clone(), alive.clone(), says.clone()).boxed());
+    if exited.is_none() {
+        // When it fails the session is gone, and the reader of the control stream sees it as well.
+        let _ = say(&mut to_host, &news).await;
+        news.clear();
+        // What is fed may wait for its input before it ends.
+        if stdin.is_none() {
+            exited = brief(&mut exit, &mut outputs, &mut listener).await;
+            alive.store(exited.is_none(), Ordering::Relaxed);
+        }
+    }
     let mut spoken_for = 0;
     let mut open = Vec::new();
-    for output in [Output::look(Which::Stdout, stdout), Output::look(Which::Stderr, stderr)] {
+    for mut output in outputs {
+        output.look();
         match output.pipe {
             Some(pipe) => open.push((output.which, pipe, output.said)),
             None => {
                 spoken_for += 1;
                 if output.connected {
-                    rest.push(Reply::Said(output.which, output.said));
+                    news.push(Reply::Said(output.which, output.said));
                 }
             }
         }
     }
-    rest.extend(exited.map(Reply::Exited));
-    if !rest.is_empty() {
-        let _ = say(&mut to_host, &rest).await;
+    news.extend(exited.map(Reply::Exited));
+    if !news.is_empty() {
+        let _ = say(&mut to_host, &news).await;
     }
     if exited.is_some() && open.is_empty() {
         let _ = to_host.shutdown().await;
@@ -139,7 +151,6 @@ pub(super) async fn run(exec: Exec) {
     {
         tokio::spawn(feed(stream, pipe));
     }
-    let (says, mut replies) = mpsc::unbounded_channel();
     let outputs: Vec<_> = open
         .into_iter()
         .filter_map(|(which, pipe, said)| {
@@ -153,8 +164,7 @@ pub(super) async fn run(exec: Exec) {
         })
         .collect();
     let hold = (!slot.life.detached).then_some(holds);
-    let alive = Arc::new(AtomicBool::new(exited.is_none()));
-    let listener = tokio::spawn(listen(from_host, pid, slot.life.clone(), alive.clone(), says.clone()));
+    let listener = listener.map(tokio::spawn);
     drop(opener);
 
     let mut lost = false;
@@ -198,10 +208,42 @@ pub(super) async fn run(exec: Exec) {
         }
         let _ = output.await;
     }
-    listener.abort();
+    if let Some(listener) = listener {
+        listener.abort();
+    }
 }
 
-/// One of a command's outputs, as a first look found it.
+/// Waits for the end of a command for as long as it says nothing, and a moment longer: nothing is set up yet that would wait
+/// for what it says. Only its host is listened to, until that is done.
+async fn brief(
+    exit: &mut oneshot::Receiver<Exit>,
+    outputs: &mut [Output; 2],
+    listener: &mut Option<BoxFuture<'static, ()>>,
+) -> Option<Exit> {
+    let (mut pause, mut spoke) = (BRIEF, false);
+    while let Some(host) = listener
+        && pause < QUIET
+    {
+        tokio::select! {
+            biased;
+            status = &mut *exit => return status.ok(),
+            () = host => *listener = None,
+            () = sleep(pause) => {}
+        }
+        for output in &mut *outputs {
+            output.look();
+        }
+        let speaks = outputs.iter().any(|output| !output.said.is_empty());
+        // More than fits here is not brief.
+        if spoke || outputs.iter().any(|output| output.said.len() == FIRST) {
+            return None;
+        }
+        (pause, spoke) = if speaks { (BRIEF, true) } else { (pause * 2, false) };
+    }
+    None
+}
+
+/// One of a command's outputs, as far as it was looked at.
 struct Output {
     which: Which,
     connected: bool,
@@ -212,23 +254,24 @@ struct Output {
 }
 
 impl Output {
-    fn look(which: Which, pipe: Option<OwnedFd>) -> Output {
-        let mut output = Output { which, connected: pipe.is_some(), said: Vec::new(), pipe };
-        let Some(pipe) = &output.pipe else { return output };
+    fn new(which: Which, pipe: Option<OwnedFd>) -> Output {
+        Output { which, connected: pipe.is_some(), said: Vec::new(), pipe }
+    }
+
+    /// Takes what is there, up to [`FIRST`] bytes in all.
+    fn look(&mut self) {
         let mut chunk = [0; FIRST];
-        while output.said.len() < FIRST {
-            match rustix::io::read(pipe, &mut chunk[output.said.len()..]) {
-                Ok(0) => {
-                    output.pipe = None;
-                    break;
-                }
-                Ok(n) => output.said.extend_from_slice(&chunk[output.said.len()..][..n]),
+        while let Some(pipe) = &self.pipe
+            && self.said.len() < FIRST
+        {
+            match rustix::io::read(pipe, &mut chunk[self.said.len()..]) {
+                Ok(0) => self.pipe = None,
+                Ok(n) => self.said.extend_from_slice(&chunk[self.said.len()..][..n]),
                 Err(Errno::INTR) => {}
                 // Nothing for now; what is wrong with it, if something is, is found again by who waits for more.
-                Err(_) => break,
+                Err(_) => return,
             }
         }
-        output
     }
 }
 

@@ -24,7 +24,7 @@ use yamux::Mode;
 
 use crate::link::{Handshake, Kind, Link, VERSION};
 use crate::mux::{Opener, Stream, session};
-use crate::protocol::{self, ExecRequest, Failure, Reply, Request};
+use crate::protocol::{self, ExecRequest, Failure, Renew, Reply, Request};
 
 pub use init::{Init, give_up, init};
 pub use patience::be_patient;
@@ -91,7 +91,8 @@ impl Agent {
                 Kind::Ack => continue,
             }
             // Also to a host of another version: it is to know which one this is. A session that a host ends has ended by now.
-            link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce }).await?;
+            let payload = if hello.version == VERSION { told(&hello.payload) } else { Vec::new() };
+            link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce, payload }).await?;
             if hello.kind == Kind::Hello && hello.version == VERSION {
                 self.session(link.clone()).await;
             }
@@ -146,10 +147,6 @@ impl Session {
                 Ok(()) => answer(&mut stream, &Reply::Done).await,
                 Err((failure, message)) => answer(&mut stream, &Reply::Failed(failure, message)).await,
             },
-            Request::Renew(renewed) => match renew::apply(&renewed) {
-                Ok(()) => answer(&mut stream, &Reply::Done).await,
-                Err(message) => answer(&mut stream, &Reply::Failed(Failure::Other, message)).await,
-            },
             Request::Shutdown => {
                 answer(&mut stream, &Reply::Done).await;
                 tokio::spawn(shutdown::shutdown());
@@ -182,6 +179,21 @@ impl Session {
             }
         }
     }
+}
+
+/// Does what was said with a handshake; the answer goes with its own.
+fn told(payload: &[u8]) -> Vec<u8> {
+    if payload.is_empty() {
+        return Vec::new();
+    }
+    let reply = match protocol::decode::<Renew>(payload) {
+        Ok(renewed) => match renew::apply(&renewed) {
+            Ok(()) => Reply::Done,
+            Err(message) => Reply::Failed(Failure::Other, message),
+        },
+        Err(error) => Reply::Failed(Failure::Invalid, error.to_string()),
+    };
+    protocol::payload(&reply)
 }
 
 /// Says the last word on a stream.

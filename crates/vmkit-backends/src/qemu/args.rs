@@ -72,9 +72,12 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
 }
 
 /// The kernel's command line. Beside console and root: no self-tests of ciphers, no waiting for quiet processors where an
-/// expedited wait does, no audit. Together a sixth of a boot under TCG.
+/// expedited wait does, no audit: together a sixth of a boot under TCG. Of the security modules that Debian's kernels begin
+/// with, those that do something without a policy that nobody ships: TOMOYO looks up the path of every program and allows it.
+/// An image's own command line comes last and decides.
 fn cmdline(id: &Id, image: &BootImage, accelerator: &str) -> String {
-    let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0";
+    let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0 \
+        lsm=landlock,lockdown,yama,integrity,apparmor,bpf";
     // A translated guest does not execute speculatively as its code says: what its kernel does against that only costs. With
     // KVM the guest's kernel decides.
     let translated = if accelerator == "tcg" { "mitigations=off" } else { "" };

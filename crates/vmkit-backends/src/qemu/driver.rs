@@ -408,7 +408,7 @@ impl Driver for QemuDriver {
         let goes_on = async {
             qmp.cont().await?;
             // Its clock stood still: before anybody executes anything, it is right again.
-            line.first(wire).await?.renew().await.map_err(translate)
+            line.renewed(wire).await
         };
         self.until(from, goes_on).await?;
         self.mark_ready()?;

@@ -64,13 +64,20 @@ impl Line {
         connect(&self.dir, Duration::MAX).await
     }
 
-    /// The first session with a guest that comes up. Takes as long as that takes: set a deadline.
-    pub async fn first(&self, wire: Wire) -> Result<Client> {
+    /// The first session with a guest that boots. Takes as long as that takes: set a deadline.
+    pub async fn first(&self, wire: Wire) -> Result<()> {
         let mut session = self.session.lock().await;
-        let fresh = greet(wire).await?;
-        let client = fresh.client.clone();
-        *session = Some(fresh);
-        Ok(client)
+        *session = Some(greet(wire).await?);
+        Ok(())
+    }
+
+    /// The first session with a guest that goes on from a saved execution: its clock is right again before it answers. Takes as
+    /// long as that takes: set a deadline.
+    pub async fn renewed(&self, wire: Wire) -> Result<()> {
+        let mut session = self.session.lock().await;
+        let client = Client::connect_renewed(wire.stream).await.map_err(translate)?;
+        *session = Some(Session { client, port: Arc::new(wire.port) });
+        Ok(())
     }
 
     /// Ends the session on both sides and keeps the line connected, so that a guest that is saved now need not do so when it goes
