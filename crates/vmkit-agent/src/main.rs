@@ -50,7 +50,6 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    vmkit_agent::agent::be_patient();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.and_then(|runtime| runtime.block_on(serve(listen)));
     if let Err(error) = result {

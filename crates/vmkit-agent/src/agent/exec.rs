@@ -108,21 +108,18 @@ pub(super) async fn run(exec: Exec) {
     let Process { pid, stdin: to_process, outputs: [stdout, stderr], mut exit } = process;
     let (from_host, mut to_host) = tokio::io::split(control);
     let mut outputs = [Output::new(Which::Stdout, stdout), Output::new(Which::Stderr, stderr)];
-    let mut news = vec![Reply::Started(pid.as_raw_nonzero().get().unsigned_abs())];
-    let mut exited = exit.try_recv().ok();
-    let alive = Arc::new(AtomicBool::new(exited.is_none()));
+    // When it fails the session is gone, and the reader of the control stream sees it as well.
+    let _ = say(&mut to_host, &[Reply::Started(pid.as_raw_nonzero().get().unsigned_abs())]).await;
+    let alive = Arc::new(AtomicBool::new(true));
     let (says, mut replies) = mpsc::unbounded_channel();
     let mut listener = Some(listen(from_host, pid, slot.life.clone(), alive.clone(), says.clone()).boxed());
-    if exited.is_none() {
-        // When it fails the session is gone, and the reader of the control stream sees it as well.
-        let _ = say(&mut to_host, &news).await;
-        news.clear();
-        // What is fed may wait for its input before it ends.
-        if stdin.is_none() {
-            exited = brief(&mut exit, &mut outputs, &mut listener).await;
-            alive.store(exited.is_none(), Ordering::Relaxed);
-        }
-    }
+    // What is fed may wait for its input before it ends.
+    let mut exited = match stdin.is_some() {
+        true => None,
+        false => brief(&mut exit, &mut outputs, &mut listener).await,
+    };
+    alive.store(exited.is_none(), Ordering::Relaxed);
+    let mut news = Vec::new();
     let mut spoken_for = 0;
     let mut open = Vec::new();
     for mut output in outputs {

@@ -3,7 +3,6 @@
 mod bind;
 mod exec;
 mod init;
-mod patience;
 mod port;
 mod procs;
 mod reaper;
@@ -27,7 +26,6 @@ use crate::mux::{Opener, Stream, session};
 use crate::protocol::{self, ExecRequest, Failure, Renew, Reply, Request};
 
 pub use init::{Init, give_up, init};
-pub use patience::be_patient;
 pub use port::{NAME as PORT_NAME, Port, ports};
 
 /// Commands at once in one session.

@@ -1,30 +1,48 @@
 //! Reaps every child: commands, and the orphans that fall to process 1.
+//!
+//! A signal says that one has ended. Its handler adds to a counter that the runtime waits for, and does no more: the runtime's own
+//! way of receiving signals sends itself a message, which costs a guest under emulation several times as much.
 
 use std::collections::HashMap;
+use std::ffi::c_int;
 use std::io;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Pid, WaitOptions, wait};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
 use super::lock;
 use crate::protocol::Exit;
 
+/// The counter's descriptor, for the handler. It is never closed: a handler may use it at any time.
+static ENDED: AtomicI32 = AtomicI32::new(-1);
+
 #[derive(Clone, Default)]
 pub(super) struct Reaper(Arc<Mutex<HashMap<i32, oneshot::Sender<Exit>>>>);
 
 impl Reaper {
+    /// Once in a process; a second one takes over from the first.
     pub(super) fn start() -> io::Result<Reaper> {
         let reaper = Reaper::default();
-        let mut children = signal(SignalKind::child())?;
+        let counter = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        // Another name for the handler: that of the runtime is closed with the runtime.
+        let handlers = rustix::io::fcntl_dupfd_cloexec(&counter, 0)?;
+        ENDED.store(handlers.into_raw_fd(), Ordering::SeqCst);
+        let counter = watch(counter)?;
+        handle_child_signal()?;
         let own = reaper.clone();
         tokio::spawn(async move {
             loop {
                 own.reap();
-                if children.recv().await.is_none() {
-                    return;
-                }
+                // An error means that the runtime ends.
+                let Ok(mut ready) = counter.readable().await else { return };
+                let _ = rustix::io::read(ready.get_inner(), &mut [0; 8]);
+                ready.clear_ready();
             }
         });
         Ok(reaper)
@@ -39,7 +57,7 @@ impl Reaper {
     }
 
     /// Reaps what has ended by now.
-    pub(super) fn reap(&self) {
+    fn reap(&self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let exit = match (status.exit_status(), status.terminating_signal()) {
                 (Some(code), _) => Exit::Code(code),
@@ -50,5 +68,39 @@ impl Reaper {
                 let _ = watcher.send(exit);
             }
         }
+    }
+}
+
+#[expect(unsafe_code, reason = "the runtime cannot know that a descriptor stays the same one")]
+fn watch(counter: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives, and `AsyncFd` owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(counter, Interest::READABLE) }?)
+}
+
+#[expect(unsafe_code, reason = "the libraries that we use have no such call")]
+fn handle_child_signal() -> io::Result<()> {
+    let handler: extern "C" fn(c_int) = child_ended;
+    // SAFETY: all zeros is a valid action. The handler makes one system call, on a descriptor that is never closed, and keeps the
+    // interrupted thread's error number.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESTART | libc::SA_NOCLDSTOP;
+        match libc::sigaction(libc::SIGCHLD, &raw const action, std::ptr::null_mut()) {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "called by the kernel, at any moment")]
+extern "C" fn child_ended(_: c_int) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: `write` may be called in a handler; it reads eight bytes that outlive it. A counter that is full says what is to be
+    // said already.
+    unsafe {
+        let errno = *libc::__errno_location();
+        libc::write(ENDED.load(Ordering::Relaxed), one.as_ptr().cast(), one.len());
+        *libc::__errno_location() = errno;
     }
 }

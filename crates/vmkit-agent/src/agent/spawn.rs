@@ -68,9 +68,6 @@ pub(super) fn spawn(
         Step::Fork | Step::Streams | Step::User => other(errno.into()),
     })?;
     let exit = reaper.watch(pid);
-    // It runs first, for a slice at most: most commands are over by then, and all that there is to say of them is said at once.
-    std::thread::yield_now();
-    reaper.reap();
     Ok(Process { pid, stdin: our_stdin, outputs: [our_stdout, our_stderr], exit })
 }
 

@@ -52,7 +52,7 @@ struct Shared<'a> {
     errno: AtomicI32,
 }
 
-/// Executes it as the leader of a process group of its own, an ordinary task with every signal as a new program expects it.
+/// Executes it as the leader of a process group of its own, with every signal as a new program expects it.
 /// Returns when the program has begun, or with what was refused; then there is no child.
 pub(super) fn start(plan: &Plan<'_>) -> Result<Pid, (Step, Errno)> {
     let list = |strings: &[CString]| {
@@ -144,7 +144,6 @@ fn prepare(plan: &Plan<'_>) -> Result<(), (Step, Errno)> {
         };
         become_user().map_err(|errno| (Step::User, errno))?;
     }
-    super::patience::be_ordinary();
     // Executing resets handlers, but not what is ignored; and a handler must not run before.
     for signal in [libc::SIGPIPE, libc::SIGCHLD] {
         // SAFETY: the default is no function of ours.
