@@ -18,8 +18,6 @@ const REPEATS: usize = 3;
 const WARM: usize = 5;
 /// The same process as the floor's.
 const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
-/// What makes a pool's machine warm.
-const WARMS: [&str; 3] = ["sh", "-c", "for n in 1 2 3 4 5; do /bin/busybox uname; done"];
 /// How often it is looked whether a pool is full.
 const FILLS: Duration = Duration::from_millis(20);
 /// How long removing a machine may take.
@@ -194,33 +192,45 @@ impl Ours {
     }
 
     /// Acquires from pools of each staging; every machine is deleted at the end. All are held until then, so that no measurement
-    /// has a replacement beside it.
+    /// has a replacement beside it. `before` is called before each acquire from a running pool, when the pool is full.
     ///
     /// # Errors
-    /// As [`boot`](Ours::boot).
-    pub fn pool(&mut self, samples: &mut Samples) -> Result<()> {
+    /// As [`boot`](Ours::boot), and those of `before`.
+    pub fn pool(&mut self, samples: &mut Samples, mut before: impl FnMut() -> Result<()>) -> Result<()> {
         let stagings = [Staging::Running, Staging::Suspended, Staging::Stopped];
         for (name, staging) in Ours::POOL.iter().zip(stagings) {
-            let size = if staging == Staging::Stopped { 1 } else { REPEATS };
+            let size = match staging {
+                Staging::Running => 2 * REPEATS,
+                Staging::Suspended => REPEATS,
+                Staging::Stopped => 1,
+            };
             let pool = Pool::builder(self.host.clone(), self.spec.clone()).name(name).size(size).staging(staging);
-            // Warm is what has executed something since its QEMU began.
-            let pool = pool.ready_command(WARMS).create_concurrency(1).build()?;
-            let measure = async {
+            // Warm is what has executed a process since its QEMU began.
+            let pool = pool.ready_command(PROCESS.0.iter().copied()).create_concurrency(1).build()?;
+            let fill = async {
                 pool.start().await?;
                 while pool.status().await.counts.ready.sum() < size {
                     tokio::time::sleep(FILLS).await;
                 }
-                let mut held = Vec::new();
-                for _ in 0..size {
+                Ok(())
+            };
+            let mut measured = run(&self.runtime, &self.stop, fill);
+            let mut held = Vec::new();
+            while measured.is_ok() && held.len() < size {
+                let acquire = async {
                     let clock = Instant::now();
                     let lease = pool.acquire().await?;
                     say(&lease, PROCESS.0, PROCESS.1).await?;
-                    samples.add(name, ms(clock.elapsed()));
-                    held.push(lease);
-                }
-                Ok(())
-            };
-            let measured = run(&self.runtime, &self.stop, measure);
+                    Ok((lease, ms(clock.elapsed())))
+                };
+                measured = if staging == Staging::Running { before() } else { Ok(()) }
+                    .and_then(|()| run(&self.runtime, &self.stop, acquire))
+                    .map(|(lease, took)| {
+                        samples.add(name, took);
+                        held.push(lease);
+                    });
+            }
+            self.runtime.block_on(async { drop(held) });
             self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
             measured?;
         }

@@ -137,7 +137,12 @@ impl Session {
             ours.suspend(&mut report.ours)?;
         }
         if wanted.ours(Ours::POOL) {
-            ours.pool(&mut report.ours)?;
+            let Report { floor: bare_samples, ours: our_samples } = report;
+            let mut bare = floor.warm(bare_samples)?;
+            ours.pool(our_samples, || {
+                bare_samples.add("process_warm", bare.process()?);
+                Ok(())
+            })?;
         }
         if wanted.floor(Floor::FORK) {
             floor.fork(&mut report.floor)?;

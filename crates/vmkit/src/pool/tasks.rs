@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use tokio::io::AsyncRead;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 use tracing::{Instrument, debug_span};
@@ -126,15 +127,29 @@ pub(super) async fn promote(
 /// Executes the ready command, if there is one. No error contains its arguments.
 async fn make_ready(instance: &Instance, words: &[String]) -> Result<()> {
     let Some((program, args)) = words.split_first() else { return Ok(()) };
-    // What it prints is thrown away in the guest: it may be much, and secrets.
     let command = instance.command(program.as_str()).args(args.iter().map(String::as_str));
-    let status = command.status().instrument(debug_span!("ready_command")).await?;
+    let ends = async {
+        // Connected as those of the commands to come: it is to be the first of them, and the guest warm for the second. What it
+        // prints may be much, and secrets, and is thrown away; also what is printed later by what it left in the background.
+        let mut child = command.stdout(true).stderr(true).spawn().await?;
+        for stream in [child.stdout.take(), child.stderr.take()].into_iter().flatten() {
+            tokio::spawn(throw_away(stream));
+        }
+        child.wait().await
+    };
+    let status = ends.instrument(debug_span!("ready_command")).await?;
     if status.success() {
-        return Ok(());
+        // What a hand-over begins with is to be warm too.
+        return instance.ping().await;
     }
     Err(Error::new(ErrorKind::Backend, format!("the pool's ready command {program:?} ended with {status}"))
         .on(instance.id().as_str())
         .hint("execute it in a machine of the same image, to see what it prints"))
+}
+
+/// Reads a command's output until nobody has it any more. One that cannot be read is over.
+async fn throw_away(mut stream: impl AsyncRead + Unpin) {
+    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
 }
 
 /// Cools a running machine down.
