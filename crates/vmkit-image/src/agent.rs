@@ -22,7 +22,7 @@ impl Agent {
     /// Reads and checks an agent. `version` is shown in listings; give the version of the protocol it speaks.
     ///
     /// # Errors
-    /// [`ErrorKind::MissingDependency`] when it is not there, [`ErrorKind::InvalidArgument`] when no guest could run it.
+    /// [`ErrorKind::MissingDependency`] when it is not there, or no guest could run it.
     pub fn new(path: impl Into<PathBuf>, version: impl Into<String>) -> Result<Agent> {
         let path = path.into();
         let bytes = std::fs::read(&path).map_err(|error| match error.kind() {
@@ -30,7 +30,7 @@ impl Agent {
             _ => Error::io(format!("the guest agent {} cannot be read", path.display()), error),
         })?;
         let unfit = |why: &str| {
-            Error::new(ErrorKind::InvalidArgument, format!("the guest agent {} {why}", path.display()))
+            Error::new(ErrorKind::MissingDependency, format!("the guest agent {} {why}", path.display()))
                 .hint("build it with `make agent`: static, for this machine's processor")
         };
         let elf = Elf::parse(&bytes).map_err(|error| unfit("is not a Linux program").caused_by(error))?;

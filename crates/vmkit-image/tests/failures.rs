@@ -210,7 +210,7 @@ fn an_agent_that_no_guest_could_run_is_refused() {
         let path = bench.path(what);
         std::fs::write(&path, content).unwrap();
         let error = vmkit_image::Agent::new(path, "test").unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{what}");
+        assert_eq!(error.kind(), ErrorKind::MissingDependency, "{what}");
         assert!(error.next_step().unwrap().contains("make agent"), "{what}");
     }
 }

@@ -78,9 +78,10 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
 fn cmdline(id: &Id, image: &BootImage, accelerator: &str) -> String {
     let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0 \
         lsm=landlock,lockdown,yama,integrity,apparmor,bpf";
-    // A translated guest does not execute speculatively as its code says: what its kernel does against that only costs. With
-    // KVM the guest's kernel decides.
-    let translated = if accelerator == "tcg" { "mitigations=off" } else { "" };
+    // A translated guest does not execute speculatively as its code says: what its kernel does against that only costs. And its
+    // time-stamp counter is the host's clock: a watchdog would take a host that is slow to answer for a counter that is wrong, and
+    // every look at the clock would go through a device from then on. With KVM the guest's kernel decides.
+    let translated = if accelerator == "tcg" { "mitigations=off tsc=reliable" } else { "" };
     let Arch { console, cmdline, .. } = &ARCH;
     format!("console={console} {ours} {translated} {cmdline} {} vmkit.hostname={id}", image.cmdline)
 }
@@ -128,6 +129,6 @@ mod tests {
         assert!(resume.contains(&"defer".to_owned()) && !resume.contains(&"-kernel".to_owned()), "{resume:?}");
         assert!(text.contains("mitigations=off"));
         let kvm = line(Begin::Boot, "kvm").join(" ");
-        assert!(kvm.contains("-cpu host") && !kvm.contains("mitigations"), "{kvm}");
+        assert!(kvm.contains("-cpu host") && !kvm.contains("mitigations") && !kvm.contains("tsc="), "{kvm}");
     }
 }
