@@ -8,7 +8,7 @@ pub(crate) struct Arch {
     pub package: &'static str,
     /// The machine type: one that boots reliably when the host is loaded. (microvm does not: without HPET and PM timer its
     /// clock calibration hangs under TCG.) With a PM timer an HPET is not needed; with one, QEMU wakes up 250 times a second for as
-    /// long as it lives, because the kernel leaves it counting when it takes another timer: an idle machine then takes eight times
+    /// long as it lives, because the kernel leaves it counting when it takes another timer: an idle machine then takes four times
     /// the processor time, and the others of a pool are slower for it.
     pub machine: &'static str,
     /// The kernel's name for the first serial port.
