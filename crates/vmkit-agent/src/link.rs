@@ -254,7 +254,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             for byte in &mut frame {
                 match std::future::poll_fn(|cx| self.lock().poll_raw_byte(cx)).await? {
                     Some(next) => *byte = next,
-                    None => return Ok(None),
+                    None => {
+                        // Half a frame and the end of the line: the next host's is a frame of its own.
+                        self.lock().marked = false;
+                        return Ok(None);
+                    }
                 }
             }
             self.lock().marked = false;

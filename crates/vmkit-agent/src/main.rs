@@ -119,6 +119,10 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
     loop {
         for node in ports() {
             if !served.contains(&node) {
+                if served.is_empty() {
+                    // From here on it is about those that are late.
+                    waited = Duration::ZERO;
+                }
                 let port = Port::open(&node)?;
                 let agent = agent.clone();
                 tokio::spawn(async move { report(agent.serve(port, Line::Lasting).await) });

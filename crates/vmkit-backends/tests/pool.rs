@@ -5,6 +5,7 @@ mod common;
 use std::fs;
 use std::time::Duration;
 
+use tokio::time::sleep;
 use vmkit::conformance::Rig;
 use vmkit::pool::{Pool, Staging};
 use vmkit::{ErrorKind, State};
@@ -66,11 +67,27 @@ fn survives(staging: Staging) {
         let pool = Pool::builder(rig.host(), rig.spec()).name("real").size(SIZE).staging(staging).build().unwrap();
         pool.start().await.unwrap();
         for cycle in 0..CYCLES {
+            let (kill, after) = (dice.roll(2) == 0, Duration::from_millis(dice.roll(200)));
             // Of a machine that is ready, that is being made, or that is being deleted.
-            if dice.roll(2) == 0 {
+            if kill && staging != Staging::Stopped {
                 killed += u64::from(kill_one(&rig, &mut dice));
             }
-            let lease = pool.acquire().timeout(PATIENCE).await.unwrap();
+            let mut acquiring = Box::pin(async { pool.acquire().timeout(PATIENCE).await });
+            if kill && staging == Staging::Stopped {
+                // None runs before it is wanted: of one that boots, then.
+                let killing = async {
+                    while pids_where(|cwd| cwd.starts_with(rig.dir())).is_empty() {
+                        sleep(Duration::from_millis(5)).await;
+                    }
+                    sleep(after).await;
+                    kill_one(&rig, &mut dice)
+                };
+                tokio::select! {
+                    early = &mut acquiring => panic!("nothing has booted, and {early:?} is ready"),
+                    done = killing => killed += u64::from(done),
+                }
+            }
+            let lease = acquiring.await.unwrap();
             assert!(!used.contains(lease.id()), "{} is handed out a second time", lease.id());
             used.push(lease.id().clone());
             let word = format!("cycle {cycle}");

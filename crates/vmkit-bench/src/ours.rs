@@ -191,50 +191,49 @@ impl Ours {
         Ok(())
     }
 
-    /// Acquires from pools of each staging; every machine is deleted at the end. All are held until then, so that no measurement
-    /// has a replacement beside it. `before` is called before each acquire from a running pool, when the pool is full.
+    /// Acquires from a full pool of this staging; every machine is deleted at the end. All are held until then, so that no
+    /// measurement has a replacement beside it. `before` is called before each.
     ///
     /// # Errors
     /// As [`boot`](Ours::boot), and those of `before`.
-    pub fn pool(&mut self, samples: &mut Samples, mut before: impl FnMut() -> Result<()>) -> Result<()> {
-        let stagings = [Staging::Running, Staging::Suspended, Staging::Stopped];
-        for (name, staging) in Ours::POOL.iter().zip(stagings) {
-            let size = match staging {
-                Staging::Running => 2 * REPEATS,
-                Staging::Suspended => REPEATS,
-                Staging::Stopped => 1,
-            };
-            let pool = Pool::builder(self.host.clone(), self.spec.clone()).name(name).size(size).staging(staging);
-            // Warm is what has executed a process since its QEMU began.
-            let pool = pool.ready_command(PROCESS.0.iter().copied()).create_concurrency(1).build()?;
-            let fill = async {
-                pool.start().await?;
-                while pool.status().await.counts.ready.sum() < size {
-                    tokio::time::sleep(FILLS).await;
-                }
-                Ok(())
-            };
-            let mut measured = run(&self.runtime, &self.stop, fill);
-            let mut held = Vec::new();
-            while measured.is_ok() && held.len() < size {
-                let acquire = async {
-                    let clock = Instant::now();
-                    let lease = pool.acquire().await?;
-                    say(&lease, PROCESS.0, PROCESS.1).await?;
-                    Ok((lease, ms(clock.elapsed())))
-                };
-                measured = if staging == Staging::Running { before() } else { Ok(()) }
-                    .and_then(|()| run(&self.runtime, &self.stop, acquire))
-                    .map(|(lease, took)| {
-                        samples.add(name, took);
-                        held.push(lease);
-                    });
+    pub fn pool(
+        &mut self,
+        staging: Staging,
+        samples: &mut Samples,
+        mut before: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let (name, size) = match staging {
+            Staging::Running => ("acquire_running", 2 * REPEATS),
+            Staging::Suspended => ("acquire_suspended", REPEATS),
+            Staging::Stopped => ("acquire_stopped", 1),
+        };
+        let pool = Pool::builder(self.host.clone(), self.spec.clone()).name(name).size(size).staging(staging);
+        // Warm is what has executed a process since its QEMU began.
+        let pool = pool.ready_command(PROCESS.0.iter().copied()).create_concurrency(1).build()?;
+        let fill = async {
+            pool.start().await?;
+            while pool.status().await.counts.ready.sum() < size {
+                tokio::time::sleep(FILLS).await;
             }
-            self.runtime.block_on(async { drop(held) });
-            self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
-            measured?;
+            Ok(())
+        };
+        let mut measured = run(&self.runtime, &self.stop, fill);
+        let mut held = Vec::new();
+        while measured.is_ok() && held.len() < size {
+            let acquire = async {
+                let clock = Instant::now();
+                let lease = pool.acquire().await?;
+                say(&lease, PROCESS.0, PROCESS.1).await?;
+                Ok((lease, ms(clock.elapsed())))
+            };
+            measured = before().and_then(|()| run(&self.runtime, &self.stop, acquire)).map(|(lease, took)| {
+                samples.add(name, took);
+                held.push(lease);
+            });
         }
-        Ok(())
+        self.runtime.block_on(async { drop(held) });
+        self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
+        measured
     }
 
     /// Removes the machine that is parked, if there is one.

@@ -4,6 +4,7 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
 
+use vmkit::pool::Staging;
 use vmkit::{Error as VmkitError, ErrorKind};
 use vmkit_backends::qemu::Accelerator;
 use vmkit_image::{Agent, Hold, Store};
@@ -140,14 +141,7 @@ impl Session {
             ours.suspend(&mut report.ours)?;
         }
         if wanted.ours(Ours::POOL) {
-            let Report { floor: bare_samples, ours: our_samples } = report;
-            let mut bare = floor.warm(bare_samples)?;
-            ours.pool(our_samples, || {
-                for _ in 0..BESIDE {
-                    bare_samples.add("process_warm", bare.process()?);
-                }
-                Ok(())
-            })?;
+            pools(floor, ours, report)?;
         }
         if wanted.floor(Floor::FORK) {
             floor.fork(&mut report.floor)?;
@@ -172,6 +166,24 @@ fn warm(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> {
         report.ours.add("exec_warm", ours.ping(&vm)?);
     }
     ours.park(vm)
+}
+
+/// Acquires from pools. Before each from one that runs, the floor's machine answers beside it, on the same host with the same
+/// machines idling.
+fn pools(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> {
+    let mut bare = floor.warm(&mut report.floor)?;
+    let samples = &mut report.floor;
+    ours.pool(Staging::Running, &mut report.ours, || {
+        for _ in 0..BESIDE {
+            samples.add("process_beside", bare.process()?);
+        }
+        Ok(())
+    })?;
+    drop(bare);
+    for staging in [Staging::Suspended, Staging::Stopped] {
+        ours.pool(staging, &mut report.ours, || Ok(()))?;
+    }
+    Ok(())
 }
 
 /// The state directory that `vmkit` would use.

@@ -19,8 +19,9 @@ use crate::recipe::Recipe;
 use crate::root;
 use crate::run::Work;
 
-/// The agent mounts this disk as its root; console and the rest are the backend's.
-const CMDLINE: &str = "vmkit.root=/dev/vda vmkit.rootfstype=ext4";
+/// The agent mounts this disk as its root; console and the rest are the backend's. Of the security modules that Debian's kernels
+/// begin with, those that do something without a policy that nobody ships: TOMOYO looks up the path of every program, and allows it.
+const CMDLINE: &str = "vmkit.root=/dev/vda vmkit.rootfstype=ext4 lsm=landlock,lockdown,yama,integrity,apparmor,bpf";
 
 /// Makes an image in the directory `image` and describes it.
 pub(crate) fn build(work: &Work<'_>, recipe: &Recipe, kernels: &Path, image: &Path) -> Result<Manifest> {

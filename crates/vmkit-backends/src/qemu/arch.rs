@@ -15,6 +15,10 @@ pub(crate) struct Arch {
     pub console: &'static str,
     /// What the kernel's command line has on this architecture only.
     pub cmdline: &'static str,
+    /// What it has besides when the guest is translated. Such a guest does not execute speculatively as its code says: what its
+    /// kernel does against that only costs. And its time-stamp counter is the host's clock: a watchdog would take a host that is
+    /// slow to answer for a counter that is wrong, and every look at the clock would go through a device from then on.
+    pub translated: &'static str,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -25,6 +29,7 @@ pub(crate) const ARCH: Arch = Arch {
     console: "ttyS0",
     // `reboot=t` ends the machine by a triple fault, which needs no firmware.
     cmdline: "reboot=t no_timer_check",
+    translated: "mitigations=off tsc=reliable",
 };
 
 #[cfg(target_arch = "aarch64")]
@@ -34,6 +39,7 @@ pub(crate) const ARCH: Arch = Arch {
     machine: "virt,gic-version=max",
     console: "ttyAMA0",
     cmdline: "",
+    translated: "mitigations=off",
 };
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]

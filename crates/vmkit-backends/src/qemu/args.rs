@@ -72,17 +72,12 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
 }
 
 /// The kernel's command line. Beside console and root: no self-tests of ciphers, no waiting for quiet processors where an
-/// expedited wait does, no audit: together a sixth of a boot under TCG. Of the security modules that Debian's kernels begin
-/// with, those that do something without a policy that nobody ships: TOMOYO looks up the path of every program and allows it.
-/// An image's own command line comes last and decides.
+/// expedited wait does, no audit: together a sixth of a boot under TCG. An image's own command line comes last and decides.
 fn cmdline(id: &Id, image: &BootImage, accelerator: &str) -> String {
-    let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0 \
-        lsm=landlock,lockdown,yama,integrity,apparmor,bpf";
-    // A translated guest does not execute speculatively as its code says: what its kernel does against that only costs. And its
-    // time-stamp counter is the host's clock: a watchdog would take a host that is slow to answer for a counter that is wrong, and
-    // every look at the clock would go through a device from then on. With KVM the guest's kernel decides.
-    let translated = if accelerator == "tcg" { "mitigations=off tsc=reliable" } else { "" };
-    let Arch { console, cmdline, .. } = &ARCH;
+    let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0";
+    let Arch { console, cmdline, translated, .. } = &ARCH;
+    // With KVM the guest's kernel decides.
+    let translated = if accelerator == "tcg" { *translated } else { "" };
     format!("console={console} {ours} {translated} {cmdline} {} vmkit.hostname={id}", image.cmdline)
 }
 
