@@ -70,7 +70,7 @@ pub const FLOOR: &[(&str, &str)] = &[
     ("resume_answer", "resume_disk - fork_total + fork_process"),
     ("exec_warm", "a builtin's answer on a warm machine"),
     ("process_warm", "a process's answer on a warm machine"),
-    ("process_beside", "the same, beside a full running pool, before each acquire"),
+    ("process_beside", "a process's answer beside a full running pool, before each acquire"),
     ("forks_per_s", "throw-away machines a second, two at a time"),
     ("paused_unique_mib", "MiB that a forked and paused machine has for itself"),
     ("out_mib_s", "MiB a second out of the guest"),

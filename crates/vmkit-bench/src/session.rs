@@ -117,14 +117,8 @@ impl Session {
         if wanted.floor(Floor::PROCESS) {
             floor.process(&mut report.floor)?;
         }
-        if wanted.ours(Ours::WARM) {
-            warm(floor, ours, report)?;
-        } else if wanted.floor(Floor::WARM) {
-            let mut bare = floor.warm(&mut report.floor)?;
-            for _ in 0..WARM {
-                report.floor.add("process_warm", bare.process()?);
-                report.floor.add("exec_warm", bare.builtin()?);
-            }
+        if wanted.floor(Floor::WARM) {
+            warm(floor, wanted.ours(Ours::WARM).then_some(&mut *ours), report)?;
         }
         if let Some(commands) = commands {
             if wanted.ours(Commands::RUN) {
@@ -154,18 +148,23 @@ impl Session {
     }
 }
 
-/// Answers of warm machines, the floor's and ours in turns: they take so little that a disturbance of a second would be all
-/// that one of them shows.
-fn warm(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> {
-    let vm = ours.warm(&mut report.ours)?;
+/// Answers of warm machines, the floor's and, when they are wanted, ours in turns: they take so little that a disturbance of a
+/// second would be all that one of them shows.
+fn warm(floor: &mut Floor, ours: Option<&mut Ours>, report: &mut Report) -> Result<()> {
+    let ours = match ours {
+        Some(ours) => Some((ours.warm(&mut report.ours)?, &*ours)),
+        None => None,
+    };
     let mut bare = floor.warm(&mut report.floor)?;
     for _ in 0..WARM {
         report.floor.add("process_warm", bare.process()?);
-        report.ours.add("process_warm", ours.process(&vm)?);
         report.floor.add("exec_warm", bare.builtin()?);
-        report.ours.add("exec_warm", ours.ping(&vm)?);
+        if let Some((vm, ours)) = &ours {
+            report.ours.add("process_warm", ours.process(vm)?);
+            report.ours.add("exec_warm", ours.ping(vm)?);
+        }
     }
-    ours.park(vm)
+    ours.map_or(Ok(()), |(vm, ours)| ours.park(vm))
 }
 
 /// Acquires from pools. Before each from one that runs, the floor's machine answers beside it, on the same host with the same

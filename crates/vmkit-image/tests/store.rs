@@ -24,7 +24,8 @@ fn base_has_a_user_land_and_its_disk_is_sparse() {
     assert!(look(disk, "stat /bin/sh").contains("Fast link dest: \"busybox\""));
     assert_eq!(common::stat(disk, "/tmp"), ("directory".to_owned(), 0o1777, 0, 0));
     assert_eq!(common::stat(disk, "/bin/busybox"), ("regular".to_owned(), 0o755, 0, 0));
-    assert!(image.cmdline.starts_with("vmkit.root=/dev/vda vmkit.rootfstype=ext4 lsm="), "{}", image.cmdline);
+    let modules = "lsm=landlock,lockdown,yama,integrity,apparmor,bpf";
+    assert_eq!(image.cmdline, format!("vmkit.root=/dev/vda vmkit.rootfstype=ext4 {modules}"));
 
     let listed = bench.store.list().unwrap();
     assert_eq!(listed.len(), 1);

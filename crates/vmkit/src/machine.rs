@@ -9,13 +9,12 @@
 //!
 //! Deliberately absent: a lock across a backend call, a second writer of the state, trust in what a driver returns.
 
-use std::any::Any;
+mod work;
+
 use std::future::{Future, pending};
-use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -28,6 +27,8 @@ use crate::instance::StopReport;
 use crate::publish::{Cause, Publisher};
 use crate::spec::{Id, Timeouts};
 use crate::state::{Action, Edge, Fact, State, Verdict, found, observe, plan, retrace, settle};
+
+use work::{Ended, Noticed, exited, flat, held_elsewhere, notice, split_kill, work};
 
 /// How long a forced stop waits for another process that operates on the machine.
 const KILL_WAITS: Duration = Duration::from_millis(300);
@@ -61,15 +62,6 @@ pub(crate) struct Machine<D: Driver> {
     /// How it ended when nobody had asked, until a Stop reports it.
     pub crash: Arc<Mutex<Option<Exit>>>,
     pub exists: Registrar,
-}
-
-/// Why an operation's own work ended.
-enum Ended<T> {
-    Done(Result<T>),
-    Panicked,
-    /// The caller is gone, and this operation is one that a gone caller cancels.
-    CallerGone,
-    Killed(Kill),
 }
 
 impl<D: Driver> Machine<D> {
@@ -512,108 +504,4 @@ impl<D: Driver> Machine<D> {
 enum Admitted {
     Run(Edge),
     Already,
-}
-
-/// Runs a driver's work under its deadline, against a panic, and against whoever may end it early.
-async fn work<T>(
-    call: impl Future<Output = Result<T>>,
-    limit: Duration,
-    doing: &str,
-    caller_gone: impl Future<Output = ()>,
-    kills: Option<&mut mpsc::UnboundedReceiver<Kill>>,
-) -> Ended<T> {
-    let killed = async {
-        match kills {
-            Some(kills) => match kills.recv().await {
-                Some(kill) => kill,
-                None => pending().await,
-            },
-            None => pending().await,
-        }
-    };
-    // Biased: whoever ends it comes before its own progress, so that a busy driver cannot starve a forced stop.
-    tokio::select! {
-        biased;
-        kill = killed => Ended::Killed(kill),
-        () = caller_gone => Ended::CallerGone,
-        done = guarded(timeout(limit, call)) => match done {
-            None => Ended::Panicked,
-            Some(Ok(result)) => Ended::Done(result),
-            Some(Err(_)) => {
-                Ended::Done(Err(Error::new(ErrorKind::TimedOut, format!("{doing} took longer than {limit:?}"))))
-            }
-        },
-    }
-}
-
-/// Whether taking the machine took longer than it may, because another process has it.
-fn held_elsewhere(taken: &Ended<Option<Fact>>) -> bool {
-    matches!(taken, Ended::Done(Err(error)) if error.kind() == ErrorKind::TimedOut)
-}
-
-/// The output of a future, or `None` when it panicked.
-async fn guarded<T>(call: impl Future<Output = T>) -> Option<T> {
-    match AssertUnwindSafe(call).catch_unwind().await {
-        Ok(output) => Some(output),
-        Err(payload) => {
-            warn!(message = panic_message(payload.as_ref()), "a backend panicked");
-            None
-        }
-    }
-}
-
-fn panic_message(payload: &(dyn Any + Send)) -> &str {
-    payload
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no message")
-}
-
-/// What a machine's task notices while nobody asks anything of it.
-enum Noticed {
-    /// The machine exited.
-    Exit(Exit),
-    /// Another process has ended its operation; `None` when the backend panicked.
-    Free(Option<Result<Option<Fact>>>),
-}
-
-/// Watches a machine that runs, and one that was found in the middle of another process's operation. Cancel-safe.
-async fn notice<D: Driver>(id: &Id, driver: &mut D, state: State) -> Noticed {
-    if state == State::Running {
-        Noticed::Exit(exited(id, driver).await)
-    } else if state.is_transitional() {
-        Noticed::Free(guarded(driver.begin(Action::None)).await)
-    } else {
-        pending().await
-    }
-}
-
-/// A driver that panics while it watches is one that can tell nothing: as good as an exit that nobody can explain.
-async fn exited<D: Driver>(id: &Id, driver: &mut D) -> Exit {
-    match guarded(driver.exited()).await {
-        Some(exit) => exit,
-        None => {
-            warn!(%id, "the backend panicked while watching the machine");
-            Exit::default()
-        }
-    }
-}
-
-fn flat<T>(ended: Ended<T>) -> Result<T> {
-    match ended {
-        Ended::Done(result) => result,
-        Ended::Panicked => Err(Error::new(ErrorKind::Panicked, "the backend panicked")),
-        Ended::CallerGone | Ended::Killed(_) => Err(Error::new(ErrorKind::Cancelled, "cancelled")),
-    }
-}
-
-fn split_kill(ended: Ended<()>) -> (Ended<()>, Option<Kill>) {
-    match ended {
-        Ended::Killed(kill) => {
-            let error = Error::new(ErrorKind::Cancelled, "a forced stop ended it");
-            (Ended::Done(Err(error)), Some(kill))
-        }
-        other => (other, None),
-    }
 }
