@@ -90,6 +90,8 @@ pub struct ExecRequest {
     pub stderr: bool,
     /// Outlive the session.
     pub detached: bool,
+    /// Its start need not be told before its end, when that comes within milliseconds.
+    pub whole: bool,
 }
 
 /// Arguments and environment are left out on purpose: people pass secrets that way.

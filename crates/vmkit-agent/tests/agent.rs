@@ -340,6 +340,37 @@ async fn the_exit_is_told_while_a_child_holds_the_output() {
         .unwrap();
 }
 
+/// Whether it is told of its start with its end or before: it is the same command.
+#[tokio::test]
+async fn a_command_that_is_waited_for_is_told_of_when_it_lasts() {
+    let guest = Guest::start();
+    let client = guest.connect().await;
+    let whole = |script: &str| ExecRequest { whole: true, ..sh(script) };
+    let (exit, out, err) = run(&client, whole("printf $$; printf err >&2; exit 7")).await;
+    assert_eq!((exit, err.as_slice()), (Exit::Code(7), &b"err"[..]));
+    assert_ne!(out, b"");
+    // It never ends by itself, and yet its start is known, and it can be ended.
+    let mut lasting = timeout(HANGS, client.exec(whole("echo begun; exec sleep 600"))).await.unwrap().unwrap();
+    assert!(alive(lasting.pid));
+    lasting.control.signal(15).await.unwrap();
+    assert_eq!(finish(lasting).await, (Exit::Signal(15), b"begun\n".to_vec(), Vec::new()));
+    // More than is looked at in one piece, and nobody who waits for its start meanwhile.
+    let (exit, out, _) = run(&client, whole("head -c 300000 /dev/zero")).await;
+    assert_eq!((exit, out.len()), (Exit::Code(0), 300_000));
+    let fed = ExecRequest { stdin: true, program: "cat".into(), args: Vec::new(), ..whole("") };
+    let mut fed = timeout(HANGS, client.exec(fed)).await.unwrap().unwrap();
+    fed.stdin.as_mut().unwrap().write_all(b"in").await.unwrap();
+    assert_eq!(finish(fed).await, (Exit::Code(0), b"in".to_vec(), Vec::new()));
+    // Nobody waits any more: it ends, told or not.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pid");
+    let starting = client.exec(whole(&format!("echo $$ >{}; exec sleep 600", file.display())));
+    drop(timeout(Duration::from_millis(1), starting).await);
+    if let Ok(Ok(pid)) = timeout(Duration::from_secs(2), async { Ok::<_, ()>(number(&file).await) }).await {
+        assert!(gone(pid).await, "it outlives whoever waited for its start");
+    }
+}
+
 #[tokio::test]
 async fn a_lost_line_ends_what_it_ran_unless_detached() {
     let guest = Guest::start();

@@ -159,7 +159,8 @@ impl Command {
     ///
     /// # Errors
     /// Those of [`spawn`](Command::spawn) and [`Child::wait`].
-    pub async fn status(self) -> Result<ExitStatus> {
+    pub async fn status(mut self) -> Result<ExitStatus> {
+        self.spec.whole = true;
         let mut child = self.spawn().await?;
         child.wait().await
     }
@@ -172,6 +173,7 @@ impl Command {
     pub async fn output(mut self) -> Result<Output> {
         self.spec.stdout = true;
         self.spec.stderr = true;
+        self.spec.whole = true;
         let mut child = self.spawn().await?;
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let (out_from, err_from) = (child.stdout.take(), child.stderr.take());

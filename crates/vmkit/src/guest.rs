@@ -106,6 +106,8 @@ pub struct CommandSpec {
     pub stderr: bool,
     /// Let it live on when the connection ends.
     pub detached: bool,
+    /// Whoever starts it waits for its end: a backend need not tell of its start before, when the end comes within milliseconds.
+    pub whole: bool,
 }
 
 /// Arguments and environment are left out on purpose: people pass secrets that way.

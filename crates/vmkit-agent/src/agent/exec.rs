@@ -101,25 +101,29 @@ pub(super) struct Exec {
     pub slot: Slot,
     pub holds: mpsc::Sender<()>,
     pub stdin: Option<oneshot::Receiver<Stream>>,
+    /// Its start may be told with its end.
+    pub whole: bool,
 }
 
 pub(super) async fn run(exec: Exec) {
-    let Exec { id, process, control, opener, slot, holds, stdin } = exec;
+    let Exec { id, process, control, opener, slot, holds, stdin, whole } = exec;
     let Process { pid, stdin: to_process, outputs: [stdout, stderr], mut exit } = process;
     let (from_host, mut to_host) = tokio::io::split(control);
     let mut outputs = [Output::new(Which::Stdout, stdout), Output::new(Which::Stderr, stderr)];
-    // When it fails the session is gone, and the reader of the control stream sees it as well.
-    let _ = say(&mut to_host, &[Reply::Started(pid.as_raw_nonzero().get().unsigned_abs())]).await;
+    let mut news = vec![Reply::Started(pid.as_raw_nonzero().get().unsigned_abs())];
+    // What is fed may wait for its input before it ends.
+    let brief = stdin.is_none();
+    if !(whole && brief) {
+        tell(&mut to_host, &mut news).await;
+    }
     let alive = Arc::new(AtomicBool::new(true));
     let (says, mut replies) = mpsc::unbounded_channel();
     let mut listener = Some(listen(from_host, pid, slot.life.clone(), alive.clone(), says.clone()).boxed());
-    // What is fed may wait for its input before it ends.
-    let mut exited = match stdin.is_some() {
-        true => None,
-        false => brief(&mut exit, &mut outputs, &mut listener).await,
+    let mut exited = match brief {
+        true => is_brief(&mut exit, &mut outputs, &mut listener, &mut to_host, &mut news).await,
+        false => None,
     };
     alive.store(exited.is_none(), Ordering::Relaxed);
-    let mut news = Vec::new();
     let mut spoken_for = 0;
     let mut open = Vec::new();
     for mut output in outputs {
@@ -135,9 +139,7 @@ pub(super) async fn run(exec: Exec) {
         }
     }
     news.extend(exited.map(Reply::Exited));
-    if !news.is_empty() {
-        let _ = say(&mut to_host, &news).await;
-    }
+    tell(&mut to_host, &mut news).await;
     if exited.is_some() && open.is_empty() {
         let _ = to_host.shutdown().await;
         return;
@@ -211,11 +213,13 @@ pub(super) async fn run(exec: Exec) {
 }
 
 /// Waits for the end of a command for as long as it says nothing, and a moment longer: nothing is set up yet that would wait
-/// for what it says. Only its host is listened to, until that is done.
-async fn brief(
+/// for what it says. Only its host is listened to, until that is done; it is told `news` once the command is not over at once.
+async fn is_brief(
     exit: &mut oneshot::Receiver<Exit>,
     outputs: &mut [Output; 2],
     listener: &mut Option<BoxFuture<'static, ()>>,
+    to_host: &mut WriteHalf<Stream>,
+    news: &mut Vec<Reply>,
 ) -> Option<Exit> {
     let (mut pause, mut spoke) = (BRIEF, false);
     while let Some(host) = listener
@@ -227,6 +231,7 @@ async fn brief(
             () = host => *listener = None,
             () = sleep(pause) => {}
         }
+        tell(to_host, news).await;
         for output in &mut *outputs {
             output.look();
         }
@@ -388,6 +393,14 @@ async fn begin(opener: &Opener, header: Header) -> Option<Stream> {
     let mut stream = opener.open().await?;
     stream.write_all(&protocol::encode(&header).ok()?).await.ok()?;
     Some(stream)
+}
+
+/// Says what is new. When that fails the session is gone, and the reader of the control stream sees it as well.
+async fn tell(to: &mut WriteHalf<Stream>, news: &mut Vec<Reply>) {
+    let news = std::mem::take(news);
+    if !news.is_empty() {
+        let _ = say(to, &news).await;
+    }
 }
 
 async fn say(to: &mut WriteHalf<Stream>, replies: &[Reply]) -> std::io::Result<()> {

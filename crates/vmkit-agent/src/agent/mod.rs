@@ -157,7 +157,7 @@ impl Session {
             let message = format!("{MAX_EXECS} commands run already in this session");
             return answer(&mut control, &Reply::Failed(Failure::Limit, message)).await;
         };
-        let id = request.id;
+        let (id, whole) = (request.id, request.whole);
         let stdin = request.stdin.then(|| {
             let (send, stream) = oneshot::channel();
             lock(&self.stdins).insert(id, send);
@@ -168,7 +168,7 @@ impl Session {
             Ok(process) => {
                 // The session's own handles are let go: only what its end is to end may hold it.
                 let Session { opener, stdins, holds, .. } = self;
-                exec::run(exec::Exec { id, process, control, opener, slot, holds, stdin }).await;
+                exec::run(exec::Exec { id, process, control, opener, slot, holds, stdin, whole }).await;
                 lock(&stdins).remove(&id);
             }
             Err((failure, message)) => {

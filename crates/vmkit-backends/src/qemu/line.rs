@@ -231,6 +231,7 @@ fn request(command: CommandSpec) -> Result<ExecRequest> {
         stdout: command.stdout,
         stderr: command.stderr,
         detached: command.detached,
+        whole: command.whole,
     })
 }
 
