@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::SystemTime;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -19,7 +20,10 @@ use crate::link::{Handshake, Kind, Link, VERSION};
 use crate::mux::{Opener, Stream, session};
 use crate::protocol::{self, Control, Failure, Header, Renew, Reply, Request, Which};
 
-pub use crate::protocol::{Bind, ExecRequest, Exit};
+pub use crate::protocol::{Bind, ExecRequest, Exit, Fork};
+
+/// How wrong a guest's clock may be when it goes on, nanoseconds: the time that its answer takes looks like it.
+const CLOCK: u64 = 20_000_000;
 
 /// What went wrong between host and agent. Never contains arguments or environment of a command.
 #[derive(Debug, thiserror::Error)]
@@ -128,15 +132,19 @@ impl Client {
         Ok(Client::begin(link))
     }
 
-    /// The same with a guest that goes on from a saved execution: its clock is set to this host's, and its kernel has fresh random
-    /// numbers, before it answers.
+    /// The same with a guest that goes on from a saved execution, since `now`: its clock is set to this host's, and its kernel has
+    /// fresh random numbers, before it answers; with `fork`, it is somebody else from then on. Also returns what was renewed.
     ///
     /// # Errors
-    /// Also says which of the two could not be done.
+    /// Also says which of it could not be done.
     ///
     /// # Cancel safety
     /// As [`connect`](Client::connect).
-    pub async fn connect_renewed<S>(line: S) -> Result<Client, AgentError>
+    pub async fn connect_renewed<S>(
+        line: S,
+        now: SystemTime,
+        fork: Option<Fork>,
+    ) -> Result<(Client, Vec<String>), AgentError>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -144,12 +152,18 @@ impl Client {
         for part in seed.chunks_mut(16) {
             part.copy_from_slice(&nonce());
         }
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         let link = Link::new(line);
-        let answer = greet(&link, protocol::payload(&Renew { now, seed })).await?;
+        let answer = greet(&link, protocol::payload(&Renew { now: nanos(now), seed, fork })).await?;
+        let answered = nanos(SystemTime::now());
         match protocol::decode(&answer).map_err(|error| AgentError::Protocol(error.to_string()))? {
-            Reply::Done => Ok(Client::begin(link)),
+            Reply::Renewed(renewed) => {
+                let client = Client::begin(link);
+                if answered.abs_diff(renewed.clock) > CLOCK {
+                    // A loaded host: more time than the guest knows of went by before it was saved. It answers soon by now.
+                    client.done(&Request::Clock(nanos(SystemTime::now()))).await?;
+                }
+                Ok((client, renewed.what))
+            }
             Reply::Failed(failure, message) => Err(failed(failure, message)),
             other => Err(AgentError::Protocol(format!("{other:?} to a renewal"))),
         }
@@ -207,6 +221,14 @@ impl Client {
     /// [`AgentError::Closed`] when the connection is gone.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         self.done(&Request::Shutdown).await
+    }
+
+    /// Has the guest write to its disks what it has not written yet.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the connection is gone.
+    pub async fn sync(&self) -> Result<(), AgentError> {
+        self.done(&Request::Sync).await
     }
 
     /// Tells the agent that the machine is about to be suspended, or that this was called off: commands that run survive the
@@ -286,6 +308,7 @@ impl Client {
     async fn done(&self, request: &Request) -> Result<(), AgentError> {
         match self.ask(request).await? {
             Reply::Done => Ok(()),
+            Reply::Failed(failure, message) => Err(failed(failure, message)),
             other => Err(AgentError::Protocol(format!("{other:?} to a request"))),
         }
     }
@@ -471,7 +494,7 @@ async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: wa
                     let _ = reader.send(Arrived::Whole(bytes));
                 }
             }
-            Reply::Started(_) | Reply::Failed(..) | Reply::Pong(_) | Reply::Done => break,
+            Reply::Started(_) | Reply::Failed(..) | Reply::Pong(_) | Reply::Done | Reply::Renewed(_) => break,
         }
     }
     ended.send_if_modified(|progress| {
@@ -536,6 +559,12 @@ fn failed(failure: Failure, message: String) -> AgentError {
         Failure::Invalid => AgentError::Invalid(message),
         Failure::Other => AgentError::Guest(message),
     }
+}
+
+/// Since 1970.
+fn nanos(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn nonce() -> [u8; 16] {

@@ -24,6 +24,10 @@ pub enum Request {
     Ping(u64),
     /// Shut the machine down.
     Shutdown,
+    /// Write to the disks what was not written yet.
+    Sync,
+    /// Set the clock to this, nanoseconds since 1970.
+    Clock(u64),
     /// The machine is about to be suspended (or that was called off): what runs is to survive the loss of its session.
     Freeze(bool),
     /// A machine that was made ahead of time gets what it is to be.
@@ -32,18 +36,29 @@ pub enum Request {
 
 /// What a guest that goes on from a saved execution cannot know. Said with the first handshake, and answered with its answer: a
 /// guest that goes on does everything for the first time again, and a session is much to do.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Renew {
-    /// The host's time, nanoseconds since 1970.
+    /// The host's time when the guest went on, nanoseconds since 1970.
     pub now: u64,
     /// Random bytes, for the kernel's pool: a saved one may have been used before.
     pub seed: [u8; 32],
+    /// Who the guest is from now on, when the saved execution is another's.
+    pub fork: Option<Fork>,
+}
+
+/// What makes a guest somebody else than the one whose saved execution it goes on from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fork {
+    /// Its host name.
+    pub hostname: String,
+    /// Its kernel's name of this boot may have been read before the execution was saved: from then on a kernel keeps it.
+    pub boot_id: bool,
 }
 
 /// A seed is a secret.
 impl std::fmt::Debug for Renew {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Renew").field("now", &self.now).finish_non_exhaustive()
+        f.debug_struct("Renew").field("now", &self.now).field("fork", &self.fork).finish_non_exhaustive()
     }
 }
 
@@ -123,6 +138,17 @@ pub enum Reply {
     Pong(u64),
     /// Done.
     Done,
+    /// The guest is who it was told to be.
+    Renewed(Renewed),
+}
+
+/// What was done for a guest that goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewed {
+    /// Each thing that was renewed, by name.
+    pub what: Vec<String>,
+    /// The guest's clock when it said so, nanoseconds since 1970.
+    pub clock: u64,
 }
 
 /// Why a command could not be started.

@@ -129,7 +129,7 @@ fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 pub struct Usage {
     /// Processor time.
     pub cpu: Duration,
-    /// Memory that it has for itself, bytes; absent when it may not be looked at.
+    /// Memory that it has for itself and that the kernel cannot take back, bytes; absent when it may not be looked at.
     pub private: Option<u64>,
 }
 
@@ -142,7 +142,7 @@ pub fn usage(pid: u32) -> Option<Usage> {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
             line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
         };
-        (field("Private_Clean:") + field("Private_Dirty:")) * 1024
+        field("Private_Dirty:") * 1024
     });
     Some(Usage { cpu: Duration::from_millis(stat.cpu_ticks * 1000 / ticks), private })
 }

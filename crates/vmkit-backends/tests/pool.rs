@@ -60,7 +60,7 @@ fn left(rig: &QemuRig) -> Vec<String> {
 
 fn survives(staging: Staging) {
     let Some(image) = base() else { return };
-    let rig = QemuRig::new(image);
+    let rig = QemuRig::forking(image);
     let mut dice = Dice::from_env();
     let (mut killed, mut used) = (0, Vec::new());
     runtime().block_on(async {

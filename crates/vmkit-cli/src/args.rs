@@ -16,9 +16,12 @@ use crate::bench::BenchCommand;
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
-    /// Where machines and images are kept [default: vmkit in $XDG_STATE_HOME or ~/.local/state]
-    #[arg(long, global = true, env = "VMKIT_STATE_DIR", value_name = "DIR", value_parser = clap::value_parser!(OsString), help_heading = "Global options")]
+    /// Where machines and images are kept [env: VMKIT_STATE_DIR] [default: vmkit in $XDG_STATE_HOME or ~/.local/state]
+    #[arg(long, global = true, value_name = "DIR", value_parser = clap::value_parser!(OsString), help_heading = "Global options")]
     pub state_dir: Option<OsString>,
+    /// Boot fresh machines instead of forking them from their image's template
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub no_template: bool,
     /// How guests execute: auto takes KVM where it works
     #[arg(long, global = true, env = "VMKIT_ACCEL", value_name = "auto|kvm|tcg", default_value = "auto", value_parser = accelerator, hide_default_value = true, help_heading = "Global options")]
     pub accel: Accelerator,
@@ -54,6 +57,9 @@ pub enum Command {
         /// How long a start may take
         #[arg(long, value_name = "TIME", value_parser = duration)]
         timeout: Option<Duration>,
+        /// Give up what was saved when they were suspended, and boot: for a machine that cannot go on
+        #[arg(long)]
+        discard: bool,
     },
     /// Save machines with all that runs in them to disk, and switch them off
     Suspend {
@@ -134,6 +140,11 @@ pub enum Command {
         #[command(subcommand)]
         command: ImageCommand,
     },
+    /// Make, list and remove templates: booted machines that fresh ones are forks of
+    Template {
+        #[command(subcommand)]
+        command: TemplateCommand,
+    },
     /// Print the table of states: what may be asked for when
     States {
         /// How to print it
@@ -168,6 +179,41 @@ pub struct ShapeArgs {
     /// Mark the machine, KEY=VALUE
     #[arg(long, value_parser = pair, value_name = "KEY=VALUE")]
     pub label: Vec<(String, String)>,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum TemplateCommand {
+    /// List templates
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Make the template for machines of a shape, in place of the one that is there
+    Build(TemplateArgs),
+    /// Remove templates; what was forked from them stays
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// The templates
+        #[arg(required_unless_present = "all", value_name = "KEY")]
+        keys: Vec<String>,
+        /// Every template
+        #[arg(long, conflicts_with = "keys")]
+        all: bool,
+    },
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct TemplateArgs {
+    /// The image; base and debian are made when they are not there
+    #[arg(default_value = "base", value_name = "IMAGE")]
+    pub image: String,
+    /// Virtual processors
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub cpus: u32,
+    /// Memory, such as 512M or 2G
+    #[arg(long, default_value = "256M", value_parser = memory, value_name = "SIZE")]
+    pub memory: u64,
+    /// Execute this in its shell before it is saved: what it loads is in every fork's memory
+    #[arg(long, value_name = "CMD")]
+    pub warm: Option<String>,
 }
 
 #[derive(ClapArgs, Debug)]
@@ -225,6 +271,10 @@ pub struct CloneArgs {
     pub name: Id,
     #[command(flatten)]
     pub shape: ShapeArgs,
+    /// Give it its memory for itself from the start, instead of sharing its template's: starting takes longer by a copy, and
+    /// the first suspend as little as every other
+    #[arg(long)]
+    pub own_memory: bool,
 }
 
 #[derive(Subcommand, Debug)]

@@ -11,11 +11,13 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use vmkit::{Child, Command, Error, ErrorKind, ExitStatus, GuestReader, GuestWriter, Instance, Result};
 
 use crate::args::CommandArgs;
-use crate::output::Failure;
+use crate::output::{Failure, Output};
 use crate::signals::{self, Signals};
 
 /// How long a background process that the command left may be silent on its output before nobody waits for more.
 const SILENCE: Duration = Duration::from_millis(500);
+/// How long in all nobody waits for such a process's output, however often it says something.
+const LINGERS: Duration = Duration::from_secs(2);
 /// More than every buffer on the way holds. What comes beyond it after the command has ended is a background process's.
 const HELD: u64 = 4 << 20;
 /// How long a command may take to end once it was told to.
@@ -82,11 +84,14 @@ pub struct Started {
 }
 
 /// Starts it. Its timeout counts from now: a guest that hangs does not even start it, and that is `None`.
-pub async fn start(command: Command, limit: Option<Duration>) -> Result<Option<Started>, Failure> {
+pub async fn start(command: Command, limit: Option<Duration>, output: &Output) -> Result<Option<Started>, Failure> {
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     match command.spawn().await {
         Ok(child) => Ok(Some(Started { child, deadline })),
-        Err(error) if error.kind() == ErrorKind::TimedOut => Ok(None),
+        Err(error) if error.kind() == ErrorKind::TimedOut => {
+            output.warn("the guest had not started the command when its time was over: its agent does not answer, or is very slow");
+            Ok(None)
+        }
         Err(error) => Err(not_started(error)),
     }
 }
@@ -96,9 +101,17 @@ pub async fn attend(started: Started, signals: &mut Signals) -> Result<Ended> {
     let Started { mut child, deadline } = started;
     let pumps =
         [Pump::start(child.stdout.take(), std::io::stdout())?, Pump::start(child.stderr.take(), std::io::stderr())?];
-    let feeder = child.stdin.take().map(|stdin| tokio::spawn(feed(stdin)));
+    let mut feeder = child.stdin.take().map(|stdin| tokio::spawn(feed(stdin)));
     let mut asked = None;
-    let ended = until_ended(&mut child, signals, &mut asked).await;
+    let ended = tokio::select! {
+        biased;
+        ended = until_ended(&mut child, signals, &mut asked) => ended,
+        broken = broken(&mut feeder) => {
+            let _ = timeout(ANSWERS, child.kill()).await;
+            let error = Error::io("standard input cannot be read; the command was killed", broken.error);
+            return Err(error.hint("give it something that can be read: a file, a pipe, or < /dev/null"));
+        }
+    };
     if let Some(feeder) = feeder {
         feeder.abort();
     }
@@ -187,21 +200,43 @@ async fn stuck(deadline: Option<Instant>, steps: &[Option<Arc<AtomicU64>>]) {
     }
 }
 
-/// Standard input to the command. A command that does not read it to its end has ended, or closed it: no failure.
-async fn feed(mut to: GuestWriter) {
+/// Input that cannot be read to its end.
+struct BrokenInput {
+    error: std::io::Error,
+    /// Kept until the command is killed: dropping it would tell the command that this was all.
+    _to: GuestWriter,
+}
+
+/// Returns when input cannot be read.
+async fn broken(feeder: &mut Option<JoinHandle<Result<(), BrokenInput>>>) -> BrokenInput {
+    if let Some(feeding) = feeder
+        && let Ok(Err(broken)) = feeding.await
+    {
+        return broken;
+    }
+    // Fed, and over: it is not to be asked again.
+    *feeder = None;
+    std::future::pending().await
+}
+
+/// Standard input to the command. A command that does not read it to its end has ended, or closed it: no failure. Input that
+/// cannot be read is one, and not its end: the command must not take the half for the whole.
+async fn feed(mut to: GuestWriter) -> Result<(), BrokenInput> {
     let mut from = tokio::io::stdin();
     let mut buffer = vec![0; CHUNK];
     loop {
         match from.read(&mut buffer).await {
-            Ok(0) | Err(_) => break,
+            Ok(0) => break,
             Ok(length) => {
                 if to.write_all(&buffer[..length]).await.is_err() || to.flush().await.is_err() {
-                    return;
+                    return Ok(());
                 }
             }
+            Err(error) => return Err(BrokenInput { error, _to: to }),
         }
     }
     let _ = to.shutdown().await;
+    Ok(())
 }
 
 /// One of the command's outputs on its way to one of ours.
@@ -211,6 +246,8 @@ struct Pump {
     steps: Arc<AtomicU64>,
     /// Bytes that have passed.
     passed: Arc<AtomicU64>,
+    /// How long it has waited for the guest, in milliseconds.
+    waited: Arc<AtomicU64>,
 }
 
 impl Pump {
@@ -218,15 +255,18 @@ impl Pump {
         let Some(from) = from else { return Ok(None) };
         // A descriptor of our own: the library's stream would cut binary output into lines.
         let to = to.as_fd().try_clone_to_owned().map_err(|error| Error::io("a descriptor cannot be copied", error))?;
-        let (steps, passed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let task = tokio::spawn(pump(from, std::fs::File::from(to), steps.clone(), passed.clone()));
-        Ok(Some(Pump { task, steps, passed }))
+        let [steps, passed, waited] = [(); 3].map(|()| Arc::new(AtomicU64::new(0)));
+        let counts = [steps.clone(), passed.clone(), waited.clone()];
+        let task = tokio::spawn(pump(from, std::fs::File::from(to), counts));
+        Ok(Some(Pump { task, steps, passed, waited }))
     }
 
     /// Waits for the rest. A background process may hold the stream open for ever: silence ends the wait, and so does more
-    /// than the command itself can have left, but never what our own reader has not taken yet.
+    /// than the command itself can have left, or what comes later than anything it left, but never what our own reader has not
+    /// taken yet.
     async fn finish(mut self) -> Result<()> {
         let until = self.passed.load(Ordering::Acquire) + HELD;
+        let patience = self.waited.load(Ordering::Acquire) + u64::try_from(LINGERS.as_millis()).unwrap_or(u64::MAX);
         loop {
             let before = self.steps.load(Ordering::Acquire);
             match timeout(SILENCE, &mut self.task).await {
@@ -237,6 +277,7 @@ impl Pump {
                 Ok(_) => return Ok(()),
                 Err(_) if before % 2 == 1 && before == self.steps.load(Ordering::Acquire) => break,
                 Err(_) if self.passed.load(Ordering::Acquire) > until => break,
+                Err(_) if self.waited.load(Ordering::Acquire) > patience => break,
                 Err(_) => {}
             }
         }
@@ -245,18 +286,19 @@ impl Pump {
     }
 }
 
-async fn pump(
-    mut from: GuestReader,
-    to: std::fs::File,
-    steps: Arc<AtomicU64>,
-    passed: Arc<AtomicU64>,
-) -> std::io::Result<()> {
+async fn pump(from: GuestReader, to: std::fs::File, counts: [Arc<AtomicU64>; 3]) -> std::io::Result<()> {
+    let ([steps, passed, waited], mut from) = (counts, from);
     let mut to = tokio::fs::File::from_std(to);
     let mut buffer = vec![0; CHUNK];
+    // Short waits count too: what a background process says often is waited for often.
+    let mut waits = Duration::ZERO;
     loop {
         steps.fetch_add(1, Ordering::AcqRel);
+        let since = Instant::now();
         // A stream that breaks is a machine that went away: waiting for the command tells.
         let length = from.read(&mut buffer).await.unwrap_or(0);
+        waits += since.elapsed();
+        waited.store(u64::try_from(waits.as_millis()).unwrap_or(u64::MAX), Ordering::Release);
         steps.fetch_add(1, Ordering::AcqRel);
         if length == 0 {
             return Ok(());

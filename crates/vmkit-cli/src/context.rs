@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use vmkit::{BootImage, Error, ErrorKind, Host, Id, Instance, Result};
+use vmkit::{BootImage, Error, ErrorKind, Host, Id, Instance, Result, Spec};
 use vmkit_backends::qemu::{Qemu, QemuConfig};
 use vmkit_image::{Agent, Cancel, Hold, Progress, Store};
 
@@ -23,6 +23,8 @@ pub struct Context {
     pub dir: PathBuf,
     pub host: Host<Qemu>,
     pub output: Output,
+    /// Whether fresh machines are forks of templates.
+    templates: bool,
 }
 
 impl Context {
@@ -33,12 +35,22 @@ impl Context {
         Ok(context)
     }
 
+    /// For what is about templates, whether machines are to be forks of them or not.
+    pub fn with_templates(args: &Args, output: &Output) -> Result<Context> {
+        Context::new(args, output, true)
+    }
+
     pub fn open_without_sweep(args: &Args, output: &Output) -> Result<Context> {
+        Context::new(args, output, !args.no_template)
+    }
+
+    fn new(args: &Args, output: &Output, templates: bool) -> Result<Context> {
         let dir = state_dir(args)?;
         let mut config = QemuConfig::new(dir.join("vms"));
         config.accelerator = args.accel;
+        config.templates = templates.then(|| dir.join("images/templates"));
         let host = Host::new(Qemu::new(config).map_err(unusable)?);
-        Ok(Context { dir, host, output: *output })
+        Ok(Context { dir, host, output: *output, templates })
     }
 
     pub fn qemu(&self) -> &Qemu {
@@ -64,6 +76,19 @@ impl Context {
             store.ensure(&name, &agent, cancel, progress).map(|image| (image, hold))
         })
         .await
+    }
+
+    /// Makes the template that a machine's start is about to need, and shows that: a start that takes a boot's time once is to be
+    /// told from one that always does. Where none can be made, the start says why.
+    pub async fn template(&self, id: &Id, spec: &Spec) {
+        if self.templates
+            && self.qemu().is_fresh(id)
+            && self.qemu().template_for(spec).is_ok_and(|found| found.is_none())
+        {
+            let what = format!("{}, {} CPUs, {} MiB; once", spec.source.name(), spec.cpus, spec.memory_mib);
+            let _busy = Busy::new(&self.output, "making a template", what);
+            let _ = self.qemu().build_template(spec, &[], false).await;
+        }
     }
 
     /// Does what blocks, with its progress shown; Ctrl-C cancels it.
@@ -136,8 +161,8 @@ pub struct Busy {
 }
 
 impl Busy {
-    pub fn new(output: &Output, doing: &'static str, id: &Id) -> Busy {
-        let bar = spinner(output).with_prefix(doing).with_message(id.to_string());
+    pub fn new(output: &Output, doing: &'static str, what: impl ToString) -> Busy {
+        let bar = spinner(output).with_prefix(doing).with_message(what.to_string());
         let late = tokio::spawn({
             let bar = bar.clone();
             async move {
@@ -163,9 +188,15 @@ pub fn agent() -> Result<Agent> {
 
 /// The directory for machines and images.
 pub fn state_dir(args: &Args) -> Result<PathBuf> {
+    if args.state_dir.as_ref().is_some_and(|dir| dir.is_empty()) {
+        // Mostly a variable that is not set: the machines of another directory are not what is meant.
+        return Err(Error::new(ErrorKind::InvalidArgument, "the state directory has no name")
+            .hint("give --state-dir a directory, or leave it out"));
+    }
     // An empty variable is as good as none.
-    if let Some(dir) = args.state_dir.as_ref().filter(|dir| !dir.is_empty()) {
-        let dir = Path::new(dir);
+    let variable = std::env::var_os("VMKIT_STATE_DIR").filter(|dir| !dir.is_empty());
+    if let Some(dir) = args.state_dir.clone().or(variable) {
+        let dir = Path::new(&dir);
         return std::path::absolute(dir).map_err(|error| Error::io(format!("{} cannot be read", dir.display()), error));
     }
     // The XDG rules: only an absolute path counts.

@@ -101,5 +101,6 @@ async fn remove(context: &Context, name: &str) -> vmkit::Result<()> {
     let (store, own, qemu) = (context.images()?, name.to_owned(), context.qemu().clone());
     // Asked again under the store's lock, when no machine can be on its way.
     let in_use = move |digest: &str| qemu.images_in_use().map_or(true, |used| used.iter().any(|used| used == digest));
-    context.blocking(move |_, _| store.remove(&own, &in_use)).await
+    context.blocking(move |_, _| store.remove(&own, &in_use)).await?;
+    crate::template::prune(context).await
 }

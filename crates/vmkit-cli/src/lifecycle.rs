@@ -40,7 +40,8 @@ pub async fn clone(args: &Args, clone: &CloneArgs, output: &Output) -> Result<u8
     let context = Context::open(args, output).await?;
     let work = async {
         let (image, _hold) = context.image(&clone.shape.image).await?;
-        let instance = context.host.create(clone.name.clone(), spec(&clone.shape, Source::Boot(image))).await?;
+        let spec = spec(&clone.shape, Source::Boot(image)).own_memory(clone.own_memory);
+        let instance = context.host.create(clone.name.clone(), spec).await?;
         instance.clone_source().await?;
         Ok::<Instance, Error>(instance)
     };
@@ -56,8 +57,23 @@ pub async fn clone(args: &Args, clone: &CloneArgs, output: &Output) -> Result<u8
     Ok(0)
 }
 
-pub async fn start(args: &Args, names: &[Id], timeout: Option<Duration>, output: &Output) -> Result<u8, Failure> {
+pub async fn start(
+    args: &Args,
+    names: &[Id],
+    timeout: Option<Duration>,
+    discard: bool,
+    output: &Output,
+) -> Result<u8, Failure> {
+    if discard {
+        // Before they are looked at: one whose saved execution is damaged is in no state that leads to Running.
+        let context = Context::open(args, output).await?;
+        for name in names {
+            context.qemu().discard_saved(name).await.map_err(|error| error.on(name.as_str()).during("Start"))?;
+        }
+    }
+    let context = Context::open_without_sweep(args, output)?;
     each(args, names, "starting", output, async |instance: &Instance| {
+        context.template(instance.id(), instance.spec()).await;
         let started = instance.start(ConsoleSinks::discard());
         match timeout {
             None => started.await?,

@@ -4,7 +4,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::time::Duration;
 
 use serde::Serialize;
-use vmkit::{Error, ErrorKind, Found, Id, State};
+use vmkit::{Birth, Error, ErrorKind, Found, Id, Origin, State};
 
 use crate::args::Args;
 use crate::context::Context;
@@ -19,7 +19,7 @@ pub async fn ls(args: &Args, names_only: bool, output: &Output) -> Result<u8, Fa
         if names_only {
             return machines.iter().map(|found| format!("{}\n", found.id)).collect();
         }
-        let header = ["NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "DISK", "UPTIME", "PID", "ACCEL"];
+        let header = ["NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "UNIQUE", "DISK", "UPTIME", "PID", "ACCEL"];
         table(&header, machines.iter().map(row).collect())
     })?;
     for found in &machines {
@@ -39,6 +39,7 @@ fn row(found: &Found) -> Vec<String> {
         or_none(properties.cloned_from.as_ref().map(|from| from.image.clone())),
         or_none((properties.cpus > 0).then(|| properties.cpus.to_string())),
         or_none((properties.memory_mib > 0).then(|| bytes(properties.memory_mib << 20))),
+        or_none(properties.memory_used.map(bytes)),
         or_none(properties.disk_used.map(bytes)),
         or_none(properties.uptime.map(age)),
         or_none(properties.pid.map(|pid| pid.to_string())),
@@ -78,8 +79,15 @@ pub async fn inspect(args: &Args, id: &Id, output: &Output) -> Result<u8, Failur
         add("pid", properties.pid.map(|pid| pid.to_string()));
         add("uptime", properties.uptime.map(age));
         add("cpu time", properties.cpu_time.map(|time| humantime::format_duration(time).to_string()));
-        add("memory used", properties.memory_used.map(bytes));
+        add("unique", properties.memory_used.map(bytes));
         add("disk used", properties.disk_used.map(bytes));
+        if let Some(birth) = &properties.birth {
+            add("birth", Some(how(birth)));
+            add("renewed", Some(birth.renewed.join(", ")).filter(|renewed| !renewed.is_empty()));
+            let phases = birth.phases.iter().map(|phase| format!("{} {} ms", phase.name, phase.ms));
+            add("phases", Some(phases.collect::<Vec<_>>().join(", ")));
+            add("note", birth.note.clone());
+        }
         for (key, value) in found.spec.iter().flat_map(|spec| &spec.labels) {
             add("label", Some(format!("{key}={value}")));
         }
@@ -88,6 +96,15 @@ pub async fn inspect(args: &Args, id: &Id, output: &Output) -> Result<u8, Failur
         rows.into_iter().map(|(key, value)| format!("{key:<12} {value}\n")).collect()
     })?;
     Ok(0)
+}
+
+fn how(birth: &Birth) -> String {
+    let how = match (birth.how, &birth.template) {
+        (Origin::Fork, Some(template)) => format!("fork of {template}"),
+        (Origin::Fork, None) => "fork".into(),
+        (Origin::Boot, _) => "boot".into(),
+    };
+    if birth.unused { format!("{how}, never used before") } else { how }
 }
 
 fn not_found(id: &Id) -> Error {

@@ -15,6 +15,7 @@ mod owner;
 mod run;
 mod signals;
 mod states;
+mod template;
 
 use std::process::ExitCode;
 
@@ -64,7 +65,7 @@ async fn dispatch(args: &Args, output: &Output) -> Result<u8, Failure> {
         Command::Run(run) => run::run(args, run, output).await,
         Command::Exec(exec) => run::exec(args, exec, output).await,
         Command::Clone(clone) => lifecycle::clone(args, clone, output).await,
-        Command::Start { names, timeout } => lifecycle::start(args, names, *timeout, output).await,
+        Command::Start { names, timeout, discard } => lifecycle::start(args, names, *timeout, *discard, output).await,
         Command::Suspend { names } => lifecycle::suspend(args, names, output).await,
         Command::Stop { names, grace, force } => lifecycle::stop(args, names, *grace, *force, output).await,
         Command::Delete { names } => lifecycle::delete(args, names, output).await,
@@ -74,6 +75,7 @@ async fn dispatch(args: &Args, output: &Output) -> Result<u8, Failure> {
         Command::Inspect { name } => list::inspect(args, name, output).await,
         Command::Console { name, follow, lines } => list::console(args, name, *follow, *lines).await,
         Command::Image { command } => image::dispatch(args, command, output).await,
+        Command::Template { command } => template::dispatch(args, command, output).await,
         Command::Bench { command } => bench::dispatch(args, command, output).await,
         Command::Doctor => doctor::doctor(args, output),
         Command::States { .. } | Command::Completions { .. } => unreachable!("carried out without a runtime"),

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmkit::{ConsoleSinks, Error, ErrorKind, Id, Instance, Result, Source, Spec};
+use vmkit::{ConsoleSinks, Error, ErrorKind, Id, Instance, Result, Source, Spec, State};
 
 use crate::args::{Args, ExecArgs, RunArgs, ShapeArgs};
 use crate::child::{self, Ended};
@@ -50,12 +50,16 @@ pub async fn exec(args: &Args, exec: &ExecArgs, output: &Output) -> Result<u8, F
     let mut signals = Signals::new();
     let command = child::command(&instance, &exec.command);
     let child = tokio::select! {
-        child = child::start(command, exec.command.timeout) => child?,
+        child = child::start(command, exec.command.timeout, output) => child?,
         signal = signals.next() => return Ok(signals::exit_code(signal)),
     };
     let Some(child) = child else { return Ok(Ended::TimedOut.code()) };
-    let ended = child::attend(child, &mut signals).await.map_err(Failure::of_run)?;
-    Ok(ended.code())
+    match child::attend(child, &mut signals).await {
+        Ok(ended) => Ok(ended.code()),
+        // It was started: that is not the same as one that never was.
+        Err(error) if error.kind() == ErrorKind::NotRunning => Err(ended_under(&context, &instance).await),
+        Err(error) => Err(Failure::of_run(error)),
+    }
 }
 
 pub async fn run(args: &Args, run: &RunArgs, output: &Output) -> Result<u8, Failure> {
@@ -94,7 +98,7 @@ pub async fn run(args: &Args, run: &RunArgs, output: &Output) -> Result<u8, Fail
         }
     };
     let mut clock = Instant::now();
-    let ended = match execute(&instance, run, &mut signals).await {
+    let ended = match execute(&instance, run, &mut signals, output).await {
         Err(failure) if failure.error.kind() == ErrorKind::NotRunning => Err(ended_under(&context, &instance).await),
         ended => ended,
     };
@@ -127,6 +131,7 @@ async fn make(context: &Context, run: &RunArgs, id: &Id, owner: &Owner, timings:
     instance.clone_source().await?;
     drop(hold);
     timings.clone = lap(&mut clock);
+    context.template(id, instance.spec()).await;
     let busy = Busy::new(&context.output, "starting", id);
     instance.start(ConsoleSinks::discard()).await?;
     drop(busy);
@@ -140,10 +145,10 @@ pub fn spec(shape: &ShapeArgs, source: Source) -> Spec {
     shape.label.iter().fold(spec, |spec, (key, value)| spec.label(key, value))
 }
 
-async fn execute(instance: &Instance, run: &RunArgs, signals: &mut Signals) -> Result<Ended, Failure> {
+async fn execute(instance: &Instance, run: &RunArgs, signals: &mut Signals, output: &Output) -> Result<Ended, Failure> {
     let command = child::command(instance, &run.command);
     let child = tokio::select! {
-        child = child::start(command, run.command.timeout) => child?,
+        child = child::start(command, run.command.timeout, output) => child?,
         signal = signals.next() => return Ok(Ended::Asked(signal)),
     };
     match child {
@@ -156,10 +161,27 @@ async fn execute(instance: &Instance, run: &RunArgs, signals: &mut Signals) -> R
 async fn ended_under(context: &Context, instance: &Instance) -> Failure {
     let console = std::fs::read(context.qemu().console_log(instance.id())).unwrap_or_default();
     let console = String::from_utf8_lossy(&console[console.len().saturating_sub(CONSOLE)..]).into_owned();
-    let error = Error::new(ErrorKind::NotRunning, "the machine ended while the command ran")
+    let state = instance.state();
+    let how = match state {
+        State::Suspended => "the machine was suspended while the command ran",
+        State::Deleted | State::Deleting => "the machine was deleted while the command ran",
+        _ => "the machine ended while the command ran",
+    };
+    let hint = match (state, context.qemu().is_full()) {
+        (State::Suspended, _) => "somebody suspended it; the command ended with the session that started it",
+        (State::Deleted | State::Deleting, _) => "somebody deleted it",
+        (_, true) => {
+            "the disk that holds its memory and its disk is full, and its host had to kill it: make room first"
+        }
+        _ => "its guest powered off, rebooted or crashed, or its host killed it; what its console said last is above",
+    };
+    let error = Error::new(ErrorKind::NotRunning, how)
         .on(instance.id().as_str())
-        .hint("its guest powered off, rebooted or crashed, or its host killed it; what its console said last is above")
+        .hint(hint)
         .with_details(console.chars().filter(|c| *c == '\n' || !c.is_control()).collect::<String>());
+    if !matches!(instance.state(), State::Stopped) {
+        return Failure::of_run(error);
+    }
     Failure::of_run(match instance.stop(Duration::ZERO).await.run {
         Err(run) => error.caused_by(run),
         Ok(()) => error,

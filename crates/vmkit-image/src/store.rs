@@ -96,6 +96,11 @@ impl Store {
         }
     }
 
+    /// Whether an image of this digest is there, whatever it is called.
+    pub fn has(&self, digest: &str) -> bool {
+        self.image_dir(digest).is_dir()
+    }
+
     /// Whether the image has this agent in the form that this version of vmkit would give it. Where it has not,
     /// [`Store::ensure`] sees to it.
     ///

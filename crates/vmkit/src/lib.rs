@@ -49,7 +49,7 @@ pub use guest::{
 };
 pub use host::Host;
 pub use instance::{Instance, StopReport};
-pub use properties::{CloneInfo, Properties};
+pub use properties::{Birth, CloneInfo, Origin, Phase, Properties};
 pub use publish::{Cause, Status, Subscription};
 pub use render::{StateRow, states_dot, states_markdown, states_rows};
 pub use spec::{BootImage, Id, Source, Spec, Timeouts};

@@ -153,15 +153,31 @@ pub struct Spec {
     /// Whoever made it may mark it: shown, never interpreted.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Whether it is to have its memory for itself from its first start on, where it could share its template's: then
+    /// suspending it takes milliseconds the first time too, and starting it longer, by a copy.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub own_memory: bool,
     /// Time limits.
     #[serde(default)]
     pub timeouts: Timeouts,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
 impl Spec {
     /// One processor, 256 MiB, no labels, the default time limits.
     pub fn new(source: Source) -> Spec {
-        Spec { source, cpus: 1, memory_mib: 256, labels: BTreeMap::new(), timeouts: Timeouts::default() }
+        Spec {
+            source,
+            cpus: 1,
+            memory_mib: 256,
+            labels: BTreeMap::new(),
+            own_memory: false,
+            timeouts: Timeouts::default(),
+        }
     }
 
     /// Sets the number of virtual processors.
@@ -182,6 +198,13 @@ impl Spec {
     #[must_use]
     pub fn label(mut self, key: impl Into<String>, value: impl Into<String>) -> Spec {
         self.labels.insert(key.into(), value.into());
+        self
+    }
+
+    /// Says whether it is to have its memory for itself.
+    #[must_use]
+    pub fn own_memory(mut self, own_memory: bool) -> Spec {
+        self.own_memory = own_memory;
         self
     }
 

@@ -53,7 +53,8 @@ pub fn init() -> io::Result<()> {
         enter(root, init.fstype.as_deref().unwrap_or("ext4"))?;
     }
     // What only makes life easier must not keep a machine from starting.
-    for result in [directories(), loopback(), hostname(init.hostname.as_deref())] {
+    let id = super::machine_id::first(Path::new("/")).map_err(|error| says("giving the system a machine id", error));
+    for result in [directories(), loopback(), hostname(init.hostname.as_deref()), id] {
         if let Err(error) = result {
             eprintln!("vmkit-agent: {error}");
         }

@@ -3,6 +3,7 @@
 mod bind;
 mod exec;
 mod init;
+mod machine_id;
 mod port;
 mod procs;
 mod reaper;
@@ -17,6 +18,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
 use yamux::Mode;
@@ -43,6 +45,8 @@ struct Inner {
     running: exec::Running,
     /// What every command's environment has beside the agent's own.
     env: Mutex<Vec<(String, String)>>,
+    /// When a host last said good-bye, by the clock that stands still while a machine is saved.
+    left: Mutex<Option<Timespec>>,
 }
 
 /// Whether a line goes on after its end was read.
@@ -64,6 +68,7 @@ impl Agent {
             reaper: reaper::Reaper::start()?,
             running: exec::Running::default(),
             env: Mutex::default(),
+            left: Mutex::default(),
         })))
     }
 
@@ -89,12 +94,30 @@ impl Agent {
                 Kind::Ack => continue,
             }
             // Also to a host of another version: it is to know which one this is. A session that a host ends has ended by now.
-            let payload = if hello.version == VERSION { told(&hello.payload) } else { Vec::new() };
+            let payload = if hello.version == VERSION { self.told(&hello.payload).await } else { Vec::new() };
+            if hello.kind == Kind::Bye {
+                *lock(&self.0.left) = Some(clock_gettime(ClockId::Monotonic));
+            }
             link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce, payload }).await?;
             if hello.kind == Kind::Hello && hello.version == VERSION {
                 self.session(link.clone()).await;
             }
         }
+    }
+
+    /// Does what was said with a handshake; the answer goes with its own.
+    async fn told(&self, payload: &[u8]) -> Vec<u8> {
+        if payload.is_empty() {
+            return Vec::new();
+        }
+        let reply = match protocol::decode::<Renew>(payload) {
+            Ok(renew) => match renew::apply(&renew, &self.0).await {
+                Ok(renewed) => Reply::Renewed(renewed),
+                Err(message) => Reply::Failed(Failure::Other, message),
+            },
+            Err(error) => Reply::Failed(Failure::Invalid, error.to_string()),
+        };
+        protocol::payload(&reply)
     }
 
     async fn session<S>(&self, link: Link<S>)
@@ -145,6 +168,15 @@ impl Session {
                 Ok(()) => answer(&mut stream, &Reply::Done).await,
                 Err((failure, message)) => answer(&mut stream, &Reply::Failed(failure, message)).await,
             },
+            Request::Sync => {
+                // It may take long, and others are served meanwhile.
+                let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
+                answer(&mut stream, &Reply::Done).await;
+            }
+            Request::Clock(now) => match renew::set_clock(now) {
+                Ok(()) => answer(&mut stream, &Reply::Done).await,
+                Err(message) => answer(&mut stream, &Reply::Failed(Failure::Other, message)).await,
+            },
             Request::Shutdown => {
                 answer(&mut stream, &Reply::Done).await;
                 tokio::spawn(shutdown::shutdown());
@@ -177,21 +209,6 @@ impl Session {
             }
         }
     }
-}
-
-/// Does what was said with a handshake; the answer goes with its own.
-fn told(payload: &[u8]) -> Vec<u8> {
-    if payload.is_empty() {
-        return Vec::new();
-    }
-    let reply = match protocol::decode::<Renew>(payload) {
-        Ok(renewed) => match renew::apply(&renewed) {
-            Ok(()) => Reply::Done,
-            Err(message) => Reply::Failed(Failure::Other, message),
-        },
-        Err(error) => Reply::Failed(Failure::Invalid, error.to_string()),
-    };
-    protocol::payload(&reply)
 }
 
 /// Says the last word on a stream.

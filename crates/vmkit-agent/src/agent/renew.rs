@@ -1,21 +1,82 @@
-//! A guest that goes on from a saved execution: its clock stood still, and its random numbers may have been used before.
+//! A guest that goes on from a saved execution: its clock stood still, its random numbers may have been used before, and when the
+//! execution was another's, so was everything that tells one guest from another.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::ioctl::{NoArg, Opcode, opcode};
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::mount::mount_bind;
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
-use crate::protocol::Renew;
+use super::{Inner, lock, machine_id, spawn};
+use crate::protocol::{ExecRequest, Exit, Fork, Renew, Renewed};
 
 /// Tells the kernel to draw from its pool anew: `RNDRESEEDCRNG` of `linux/random.h`.
 const RESEED: Opcode = opcode::none(b'R', 7);
+/// Where users put what only they can renew: programs, executed in the order of their names.
+const HOOKS: &str = "/etc/vmkit/fork.d";
+/// How long each of them may take, and making a key.
+const PATIENCE: Duration = Duration::from_secs(60);
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Both or neither is said to have worked.
-pub(super) fn apply(renewed: &Renew) -> Result<(), String> {
-    reseed(&renewed.seed).map_err(|error| format!("the guest could not renew its random numbers: {error}"))?;
-    let now = Timespec { tv_sec: (renewed.now / 1_000_000_000) as i64, tv_nsec: (renewed.now % 1_000_000_000) as i64 };
+/// All of it, or an error that says what could not be done: nobody is to get a guest that is somebody else too.
+pub(super) async fn apply(renew: &Renew, agent: &Inner) -> Result<Renewed, String> {
+    // First of all: what is drawn from here on is this guest's own.
+    reseed(&renew.seed).map_err(|error| format!("the guest could not renew its random numbers: {error}"))?;
+    let mut what = vec!["random".to_owned()];
+    // The guest counts what went by since it was left, and the host when it went on; between the two it stood still.
+    let since = lock(&agent.left).take().map_or(0, |left| nanos(clock_gettime(ClockId::Monotonic)) - nanos(left));
+    set_clock(renew.now.saturating_add(u64::try_from(since).unwrap_or(0)))?;
+    what.push("clock".into());
+    if let Some(fork) = &renew.fork {
+        become_another(fork, agent, &mut what).await?;
+    }
+    let clock = u64::try_from(nanos(clock_gettime(ClockId::Realtime))).unwrap_or(0);
+    Ok(Renewed { what, clock })
+}
+
+/// Sets the clock, nanoseconds since 1970.
+pub(super) fn set_clock(now: u64) -> Result<(), String> {
+    let now = Timespec { tv_sec: (now / 1_000_000_000) as i64, tv_nsec: (now % 1_000_000_000) as i64 };
     clock_settime(ClockId::Realtime, now).map_err(|error| format!("the guest could not set its clock: {error}"))
+}
+
+fn nanos(time: Timespec) -> i64 {
+    time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec)
+}
+
+async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> Result<(), String> {
+    rustix::system::sethostname(fork.hostname.as_bytes())
+        .map_err(|error| format!("the guest could not be named {:?}: {error}", fork.hostname))?;
+    what.push("hostname".into());
+    if machine_id::renew(Path::new("/"))
+        .map_err(|error| format!("the guest could not renew its machine id: {error}"))?
+    {
+        what.push("machine-id".into());
+    }
+    if fork.boot_id && renew_boot_id().is_ok() {
+        what.push("boot-id".into());
+    }
+    let keys = host_keys(Path::new("/etc/ssh"));
+    for (kind, key) in &keys {
+        renew_host_key(kind, key, agent).await?;
+    }
+    if !keys.is_empty() {
+        what.push("ssh-host-keys".into());
+        // One that runs already has read the old ones.
+        let pid = fs::read_to_string("/run/sshd.pid").ok().and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
+        pid.map(|pid| kill_process(pid, Signal::HUP));
+    }
+    for hook in hooks(Path::new(HOOKS)) {
+        let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        execute(&hook.to_string_lossy(), &[], agent).await.map_err(|how| format!("the guest's hook {name} {how}"))?;
+        what.push(format!("hook {name}"));
+    }
+    Ok(())
 }
 
 fn reseed(seed: &[u8; 32]) -> io::Result<()> {
@@ -32,4 +93,95 @@ fn reseed(seed: &[u8; 32]) -> io::Result<()> {
 fn draw_anew(pool: &File) -> rustix::io::Result<()> {
     // SAFETY: this call takes no argument and touches no memory of ours.
     unsafe { rustix::ioctl::ioctl(pool, NoArg::<RESEED>::new()) }
+}
+
+/// The kernel keeps the one that was read first; another is put over it.
+fn renew_boot_id() -> io::Result<()> {
+    let own = Path::new("/run/vmkit/boot_id");
+    fs::create_dir_all("/run/vmkit")?;
+    fs::write(own, fs::read("/proc/sys/kernel/random/uuid")?)?;
+    Ok(mount_bind(own, BOOT_ID)?)
+}
+
+/// Kind and path of every host key.
+fn host_keys(dir: &Path) -> Vec<(String, PathBuf)> {
+    let mut keys: Vec<(String, PathBuf)> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let kind = name.strip_prefix("ssh_host_")?.strip_suffix("_key")?;
+            Some((kind.to_owned(), entry.path()))
+        })
+        .collect();
+    keys.sort();
+    keys
+}
+
+/// The old one is there until the new one is complete.
+async fn renew_host_key(kind: &str, key: &Path, agent: &Inner) -> Result<(), String> {
+    let failed = |how: String| format!("the guest could not renew its SSH host key of type {kind}: {how}");
+    let new = key.with_extension("vmkit-new");
+    let public = |key: &Path| PathBuf::from(format!("{}.pub", key.display()));
+    for stale in [&new, &public(&new)] {
+        let _ = fs::remove_file(stale);
+    }
+    let path = new.to_string_lossy();
+    execute("ssh-keygen", &["-q", "-N", "", "-t", kind, "-f", &path], agent)
+        .await
+        .map_err(|how| failed(format!("ssh-keygen {how}")))?;
+    fs::rename(&new, key)
+        .and_then(|()| fs::rename(public(&new), public(key)))
+        .map_err(|error| failed(error.to_string()))
+}
+
+/// The programs of a directory, in the order of their names.
+fn hooks(dir: &Path) -> Vec<PathBuf> {
+    let mut hooks: Vec<PathBuf> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0))
+        .collect();
+    hooks.sort();
+    hooks
+}
+
+/// Executes a program to its end. The error says how it ended.
+async fn execute(program: &str, args: &[&str], agent: &Inner) -> Result<(), String> {
+    let args = args.iter().map(|&arg| arg.to_owned()).collect();
+    let request = ExecRequest { program: program.to_owned(), args, ..ExecRequest::default() };
+    let process =
+        spawn::spawn(&request, &[], &agent.reaper).map_err(|(_, message)| format!("did not start: {message}"))?;
+    match tokio::time::timeout(PATIENCE, process.exit).await {
+        Ok(Ok(Exit::Code(0))) => Ok(()),
+        Ok(Ok(Exit::Code(code))) => Err(format!("ended with exit code {code}")),
+        Ok(Ok(Exit::Signal(signal))) => Err(format!("was ended by signal {signal}")),
+        Ok(Err(_)) => Err("was lost".into()),
+        Err(_) => {
+            super::procs::signal(process.pid, Signal::KILL, true);
+            Err(format!("took longer than {PATIENCE:?}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_hooks_are_found_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["ssh_host_rsa_key", "ssh_host_rsa_key.pub", "ssh_host_ed25519_key", "sshd_config", "ssh_host_key"]
+        {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let kinds: Vec<String> = host_keys(dir.path()).into_iter().map(|(kind, _)| kind).collect();
+        assert_eq!(kinds, ["ed25519", "rsa"]);
+        fs::set_permissions(dir.path().join("sshd_config"), fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(hooks(dir.path()), [dir.path().join("sshd_config")]);
+        assert!(hooks(Path::new("/no/such/directory")).is_empty());
+    }
 }

@@ -8,7 +8,7 @@ use vmkit::{BootImage, Id, Spec};
 use vmkit_agent::agent::PORT_NAME;
 
 use super::arch::{ARCH, Arch};
-use super::layout::{DISK, MEMORY, QMP, QMP_PROBE, SERIAL};
+use super::layout::{DISK, LAYER, MEMORY, QMP, QMP_PROBE, SERIAL};
 
 /// How many processes can talk to one guest's agent at once; each has a port of its own.
 pub(crate) const LINES: usize = 8;
@@ -20,13 +20,22 @@ pub(crate) fn line_socket(line: usize) -> String {
 
 /// Boot, or go on from a saved execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Begin {
+pub(crate) enum Begin<'a> {
     Boot,
     Resume,
+    /// From another's: its memory is this file, of which only what changes is the machine's own.
+    Fork(&'a Path),
 }
 
-/// The arguments, for a QEMU whose working directory is the machine's.
-pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, begin: Begin) -> Vec<OsString> {
+/// The arguments, for a QEMU whose working directory is the machine's. `layered`: its disk lies on a template's.
+pub(crate) fn args(
+    id: &Id,
+    spec: &Spec,
+    image: &BootImage,
+    accelerator: &str,
+    begin: Begin<'_>,
+    layered: bool,
+) -> Vec<OsString> {
     let mut args: Vec<OsString> = Vec::with_capacity(64);
     let mut add = |list: &[&str]| args.extend(list.iter().map(OsString::from));
     add(&["-name", id.as_str(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
@@ -37,12 +46,21 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
         _ => add(&["-accel", "tcg,thread=multi", "-cpu", "max"]),
     }
     add(&["-smp", &spec.cpus.to_string(), "-m", &spec.memory_mib.to_string()]);
-    add(&["-object", &format!("memory-backend-file,id=m0,size={}M,mem-path={MEMORY},share=on", spec.memory_mib)]);
+    let memory = match begin {
+        // Nobody writes to a template, whatever goes wrong.
+        Begin::Fork(file) => json!({"mem-path": file, "share": false, "readonly": true, "rom": "off"}),
+        Begin::Boot | Begin::Resume => json!({"mem-path": MEMORY, "share": true}),
+    };
+    let mut backend = json!({"qom-type": "memory-backend-file", "id": "m0", "size": spec.memory_mib << 20});
+    if let (Some(backend), Some(memory)) = (backend.as_object_mut(), memory.as_object()) {
+        backend.extend(memory.clone());
+    }
+    add(&["-object", &backend.to_string()]);
     for name in [QMP, QMP_PROBE] {
         add(&["-qmp", &format!("unix:{name},server=on,wait=off")]);
     }
     // A resumed machine goes on writing where it stopped.
-    let append = if begin == Begin::Resume { "on" } else { "off" };
+    let append = if begin == Begin::Boot { "off" } else { "on" };
     add(&["-chardev", &format!("file,id=console,path={SERIAL},append={append}"), "-serial", "chardev:console"]);
     add(&["-device", "virtio-serial-pci"]);
     for line in 0..LINES {
@@ -51,10 +69,15 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
     }
     if let Some(base) = &image.disk {
         // As JSON: a path may have commas.
+        let file = |path: &Path| json!({ "driver": "file", "filename": path, "read-only": true });
+        let mut backing = json!({ "driver": "raw", "read-only": true, "file": file(base) });
+        if layered {
+            backing =
+                json!({ "driver": "qcow2", "read-only": true, "file": file(Path::new(LAYER)), "backing": backing });
+        }
         let disk = json!({
             "node-name": "disk", "driver": "qcow2", "discard": "unmap",
-            "file": { "driver": "file", "filename": DISK, "discard": "unmap" },
-            "backing": { "driver": "raw", "read-only": true, "file": { "driver": "file", "filename": base, "read-only": true } },
+            "file": { "driver": "file", "filename": DISK, "discard": "unmap" }, "backing": backing,
         });
         add(&["-blockdev", &disk.to_string()]);
         // A full disk is the guest's error, not a guest that stands still.
@@ -62,7 +85,7 @@ pub(crate) fn args(id: &Id, spec: &Spec, image: &BootImage, accelerator: &str, b
     }
     match begin {
         // A machine that resets ends: nobody would load a kernel again, and to hold one costs time and memory.
-        Begin::Resume => add(&["-incoming", "defer", "-S"]),
+        Begin::Resume | Begin::Fork(_) => add(&["-incoming", "defer", "-S"]),
         Begin::Boot => {
             args.extend(["-kernel".into(), path(&image.kernel), "-initrd".into(), path(&image.initramfs)]);
             args.extend(["-append".into(), cmdline(id, image, accelerator).into()]);
@@ -103,7 +126,10 @@ mod tests {
         let spec = Spec::new(Source::Boot(image.clone())).cpus(3).memory_mib(512);
         let id = Id::new("web").unwrap();
         let line = |begin, accelerator| -> Vec<String> {
-            args(&id, &spec, &image, accelerator, begin).into_iter().map(|arg| arg.into_string().unwrap()).collect()
+            args(&id, &spec, &image, accelerator, begin, false)
+                .into_iter()
+                .map(|arg| arg.into_string().unwrap())
+                .collect()
         };
         let boot = line(Begin::Boot, "tcg");
         let text = boot.join(" ");
@@ -111,7 +137,7 @@ mod tests {
             "-sandbox on,",
             "-nodefaults",
             "-smp 3 -m 512",
-            "size=512M",
+            "\"size\":536870912",
             "vmkit.hostname=web",
             "/odd,dir/disk",
             "-kernel /k,1",

@@ -4,27 +4,32 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use vmkit::{
-    Action, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Probe, Result, Source, Spec,
+    Action, Birth, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Origin, Probe, Result,
+    Spec,
 };
 use vmkit_agent::client::Client;
 
 use super::args::{Begin, LINES, args, line_socket};
+use super::fork::Laps;
 use super::host::HostFacts;
 use super::layout::{
-    self, DISK, Layout, MEMORY, OUTPUT, QMP, QMP_PROBE, Run, SERIAL, STATE, STATE_PARTIAL, STATE_SPENT,
+    self, DISK, FRESH, LAYER, Layout, MEMORY, OUTPUT, QMP, QMP_PROBE, Run, SERIAL, STATE, STATE_FULL, STATE_PARTIAL,
+    STATE_SPENT,
 };
 use super::line::{Line, translate};
 use super::lock::Lock;
 use super::probe::{QemuProbe, now};
-use super::qmp::Qmp;
-use super::{Accelerator, QemuConfig, console, qcow2, recover};
+use super::qcow2::{self, Base};
+use super::qmp::{Memory, Qmp};
+use super::template::{self, Shape, Template, Templates};
+use super::{Accelerator, Qemu, QemuConfig, console, recover};
 use crate::process::{Held, Identity};
 
 /// How much of a log goes into an error, bytes.
@@ -38,16 +43,31 @@ const GREETS: Duration = Duration::from_secs(5);
 /// What is left of a start's time when the start gives up by itself, to say why.
 const MARGIN: Duration = Duration::from_millis(500);
 
+/// What is left for a machine that cannot go on.
+const DISCARD: &str = "`vmkit start --discard` boots it from its disk instead; what ran in it is lost";
+
 /// The driver of one QEMU machine.
 pub struct QemuDriver {
-    id: Id,
-    spec: Spec,
+    pub(super) id: Id,
+    pub(super) spec: Spec,
     config: QemuConfig,
+    templates: TemplateUse,
     layout: Layout,
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     lock: Option<Lock>,
     process: Option<Process>,
-    line: Arc<Line>,
+    pub(super) line: Arc<Line>,
+}
+
+/// What a driver has to do with templates.
+#[derive(Clone, Debug)]
+pub(super) enum TemplateUse {
+    /// Nothing: every clone boots.
+    None,
+    /// Fresh clones are forks, and what there is no template for makes one.
+    Fork(Templates),
+    /// Its machines become templates: what they wrote is on their disks when they are saved.
+    Make,
 }
 
 enum Process {
@@ -67,10 +87,11 @@ impl Process {
 }
 
 impl QemuDriver {
-    pub(super) fn new(id: Id, spec: Spec, config: QemuConfig, layout: Layout) -> QemuDriver {
+    pub(super) fn new(id: Id, spec: Spec, qemu: &Qemu) -> QemuDriver {
+        let Qemu { config, layout, templates } = qemu.clone();
         let dir = layout.machine(&id);
         let line = Line::new(dir.clone());
-        QemuDriver { id, spec, config, layout, dir, lock: None, process: None, line }
+        QemuDriver { id, spec, config, templates, layout, dir, lock: None, process: None, line }
     }
 
     /// Holds the process that the records name, if it is not held already.
@@ -83,23 +104,17 @@ impl QemuDriver {
         }
     }
 
-    fn image(&self) -> Result<&BootImage> {
-        match &self.spec.source {
-            Source::Boot(image) => Ok(image),
-            Source::Alias(name) => {
-                Err(Error::new(ErrorKind::InvalidArgument, format!("QEMU cannot boot the name {name:?}"))
-                    .hint("give the files of an image: Source::Boot"))
-            }
-        }
+    pub(super) fn image(&self) -> Result<&BootImage> {
+        template::image(&self.spec)
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub(super) fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
     /// Makes sure that nobody but the QEMU that is to be started answers, or has the disk: the last one may have been killed a
     /// moment ago.
-    async fn clear_way(&self) -> Result<()> {
+    pub(super) async fn clear_way(&self) -> Result<()> {
         if let Some(last) = layout::read_run(&self.dir) {
             let gone = timeout(ENDS, last.process.let_go()).await;
             gone.unwrap_or(Ok(())).map_err(|error| Error::io("the last process cannot be looked at", error))?;
@@ -109,14 +124,14 @@ impl QemuDriver {
     }
 
     /// Starts QEMU. From here on `kill` finds it, whatever happens.
-    fn spawn(&mut self, begin: Begin, accelerator: &str, program: &Path) -> Result<()> {
+    pub(super) fn spawn(&mut self, begin: Begin<'_>, accelerator: &str, program: &Path) -> Result<()> {
         let image = self.image()?.clone();
         check_files(&image)?;
         let output = File::create(self.file(OUTPUT))
             .map_err(|error| Error::io(format!("{} cannot be written", self.file(OUTPUT).display()), error))?;
         let errors = output.try_clone().map_err(|error| Error::io("a descriptor cannot be copied", error))?;
         let child = Command::new(program)
-            .args(args(&self.id, &self.spec, &image, accelerator, begin))
+            .args(args(&self.id, &self.spec, &image, accelerator, begin, self.file(LAYER).exists()))
             .current_dir(&self.dir)
             .stdin(Stdio::null())
             .stdout(output)
@@ -140,21 +155,21 @@ impl QemuDriver {
     }
 
     /// The guest is up: from here on the machine is Running for everybody.
-    fn mark_ready(&self) -> Result<()> {
+    pub(super) fn mark_ready(&self) -> Result<()> {
         match layout::read_run(&self.dir) {
             Some(run) => layout::write_run(&self.dir, &Run { ready: true, ..run }),
             None => Err(Error::new(ErrorKind::Corrupt, "the record of the machine's process has vanished")),
         }
     }
 
-    fn follow(&self, from: u64, console: ConsoleSinks) {
+    pub(super) fn follow(&self, from: u64, console: ConsoleSinks) {
         if let Some(process) = &self.process {
             console::follow(&self.dir, process.identity().clone(), from, console);
         }
     }
 
     /// Waits for `ready` while QEMU lives and its kernel has not given up.
-    async fn until<T>(&mut self, from: u64, ready: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(super) async fn until<T>(&mut self, from: u64, ready: impl Future<Output = Result<T>>) -> Result<T> {
         let dir = self.dir.clone();
         let limit = self.spec.timeouts.start.saturating_sub(MARGIN);
         let mut outcome = tokio::select! {
@@ -232,7 +247,7 @@ impl QemuDriver {
         Ok(())
     }
 
-    fn check_space(&self) -> Result<()> {
+    pub(super) fn check_space(&self) -> Result<()> {
         let stat = rustix::fs::statvfs(&self.dir)
             .map_err(|error| Error::io(format!("{} cannot be looked at", self.dir.display()), error.into()))?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
@@ -246,6 +261,13 @@ impl QemuDriver {
         Ok(())
     }
 
+    /// The template that this machine is to be forked from, if it is to be; made when there is none.
+    async fn template(&self, facts: &HostFacts, accelerator: &str) -> Result<Option<Template>> {
+        let TemplateUse::Fork(templates) = &self.templates else { return Ok(None) };
+        let shape = Shape { image: self.image()?, spec: &self.spec, facts, accelerator };
+        templates.ensure(shape, self.config.program.as_deref(), &[], false).await.map(Some)
+    }
+
     async fn facts(&self) -> Result<HostFacts> {
         let (dir, program) = (self.layout.dir.clone(), self.config.program.clone());
         let found = tokio::task::spawn_blocking(move || HostFacts::find(&dir, program.as_deref()));
@@ -256,7 +278,7 @@ impl QemuDriver {
     fn saved_accelerator(&self, facts: &HostFacts) -> Result<String> {
         let Some(run) = layout::read_run(&self.dir) else {
             let error = Error::new(ErrorKind::Corrupt, "the record of the suspended machine's process is damaged");
-            return Err(error.hint("it cannot be resumed without: delete the machine and make it again"));
+            return Err(error.hint(DISCARD));
         };
         let wanted = match self.config.accelerator {
             Accelerator::Auto if run.accelerator == "kvm" => facts.accelerator(Accelerator::Kvm)?,
@@ -288,13 +310,19 @@ impl QemuDriver {
         qmp.stop().await?;
         let partial = self.file(STATE_PARTIAL);
         layout::remove(&partial)?;
-        qmp.save(STATE_PARTIAL).await?;
+        // A fork that shares its template's memory has its own nowhere else than in its process.
+        let (state, memory) = match self.file(MEMORY).exists() {
+            true => (STATE, Memory::Elsewhere),
+            false => (STATE_FULL, Memory::Within),
+        };
+        qmp.save(STATE_PARTIAL, memory).await?;
         if self.config.durable {
-            let files = [partial.clone(), self.file(MEMORY), self.file(DISK)];
+            let own = (memory == Memory::Elsewhere).then(|| self.file(MEMORY));
+            let files: Vec<PathBuf> = [partial.clone(), self.file(DISK)].into_iter().chain(own).collect();
             let synced = tokio::task::spawn_blocking(move || files.iter().try_for_each(|file| layout::sync(file)));
             synced.await.map_err(|error| Error::new(ErrorKind::Io, "writing to disk failed").caused_by(error))??;
         }
-        layout::rename(&partial, &self.file(STATE))?;
+        layout::rename(&partial, &self.file(state))?;
         if self.config.durable {
             layout::sync(&self.dir)?;
         }
@@ -303,7 +331,7 @@ impl QemuDriver {
 
     fn sweep_memory(&self) {
         // Gigabytes that nobody can use any more.
-        if self.process.is_none() && !self.file(STATE).exists() {
+        if self.process.is_none() && layout::saved(&self.dir).is_none_or(|(_, memory)| memory == Memory::Within) {
             let _ = layout::remove(&self.file(MEMORY));
         }
     }
@@ -349,11 +377,13 @@ impl Driver for QemuDriver {
                 .len();
             let disk = staging.join(DISK);
             let written = File::create(&disk).and_then(|file| {
-                qcow2::write_overlay(&file, base, size)?;
+                qcow2::write_overlay(&file, Base::Raw(base), size)?;
                 file.sync_all()
             });
             written.map_err(|error| Error::io(format!("{} cannot be written", disk.display()), error))?;
         }
+        let fresh = staging.join(FRESH);
+        File::create(&fresh).map_err(|error| Error::io(format!("{} cannot be written", fresh.display()), error))?;
         layout::write_record(&staging, &self.spec)?;
         layout::sync(&staging)?;
         match renameat_with(CWD, &staging, CWD, &dir, RenameFlags::NOREPLACE) {
@@ -369,21 +399,52 @@ impl Driver for QemuDriver {
     async fn boot(&mut self, console: ConsoleSinks) -> Result<()> {
         let facts = self.facts().await?;
         let accelerator = facts.accelerator(self.config.accelerator)?;
-        self.check_space()?;
-        for stale in [STATE, STATE_PARTIAL, STATE_SPENT, MEMORY] {
+        check_files(self.image()?)?;
+        for stale in [STATE, STATE_FULL, STATE_PARTIAL, STATE_SPENT, MEMORY] {
             layout::remove(&self.file(stale))?;
         }
+        let mut laps = Laps::new();
+        let mut note = None;
+        if self.file(FRESH).exists() {
+            match self.template(&facts, accelerator).await {
+                Ok(Some(template)) => {
+                    laps.lap("template");
+                    return self.fork(&template, &facts.program, laps, console).await;
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    warn!(id = %self.id, %error, "booting, because no template could be made");
+                    note = Some(error.to_string());
+                }
+            }
+            self.leave_layer()?;
+        }
+        self.check_space()?;
         self.clear_way().await?;
+        // What its console said last time is not what it says now.
+        layout::remove(&self.file(SERIAL))?;
+        layout::remove(&self.file(FRESH))?;
         self.spawn(Begin::Boot, accelerator, &facts.program)?;
+        laps.lap("process");
         self.follow(0, console);
         let line = self.line.clone();
         self.until(0, async { line.first(line.wire().await?).await }).await?;
+        laps.lap("boot");
+        layout::write_birth(&self.dir, &Birth { note, ..laps.birth(Origin::Boot, None) });
         self.mark_ready()
     }
 
     async fn resume(&mut self, console: ConsoleSinks) -> Result<()> {
         let facts = self.facts().await?;
         let accelerator = self.saved_accelerator(&facts)?;
+        let Some((state, memory)) = layout::saved(&self.dir) else {
+            return Err(Error::new(ErrorKind::Corrupt, "the saved execution has vanished").hint(DISCARD));
+        };
+        if memory == Memory::Within {
+            // It comes from the saved state, into a file of the machine's own: what an attempt that failed left is none.
+            layout::remove(&self.file(MEMORY))?;
+            self.check_space()?;
+        }
         let from = fs::metadata(self.file(SERIAL)).map_or(0, |meta| meta.len());
         self.clear_way().await?;
         self.spawn(Begin::Resume, &accelerator, &facts.program)?;
@@ -393,22 +454,24 @@ impl Driver for QemuDriver {
             let mut qmp = connect_qmp(&dir).await?;
             // Connected when it was saved, connected when it is loaded: the guest is spared the news of both.
             let wire = line.wire().await?;
-            qmp.load(STATE).await.map_err(|error| {
-                error.hint("its saved execution is damaged, or from another QEMU: delete the machine and make it again")
-            })?;
+            qmp.load(Path::new(state), memory).await?;
             Ok((qmp, wire))
         };
-        let (mut qmp, wire) = self.until(from, load).await?;
+        let (mut qmp, wire) = self.until(from, load).await.map_err(|error| match error.kind() {
+            ErrorKind::TimedOut => error,
+            _ => error.hint(format!("its saved execution is damaged, or from another QEMU: {DISCARD}")),
+        })?;
         // Spent before the guest goes on: memory that a guest has gone on from no longer fits it.
-        layout::rename(&self.file(STATE), &self.file(STATE_SPENT))?;
+        layout::rename(&self.file(state), &self.file(STATE_SPENT))?;
         if self.config.durable {
             layout::sync(&self.dir)?;
         }
         let line = self.line.clone();
         let goes_on = async {
+            let since = SystemTime::now();
             qmp.cont().await?;
             // Its clock stood still: before anybody executes anything, it is right again.
-            line.renewed(wire).await
+            line.renewed(wire, since, None).await
         };
         self.until(from, goes_on).await?;
         self.mark_ready()?;
@@ -416,7 +479,16 @@ impl Driver for QemuDriver {
     }
 
     async fn suspend(&mut self) -> Result<()> {
-        let mut qmp = Qmp::connect(&self.dir, QMP).await?;
+        let mut qmp = Qmp::connect(&self.dir, QMP).await.map_err(|error| {
+            // Not as one that is late: nothing was begun, and nothing is to be ended for it.
+            Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
+                "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
+            )
+        })?;
+        if matches!(self.templates, TemplateUse::Make) {
+            // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
+            self.line.client().await?.sync().await.map_err(translate)?;
+        }
         // What runs is to survive the loss of its session. A guest whose agent is silent is not one to resume.
         self.ask_agent(async |agent| agent.freeze(true).await).await?;
         let left = self.line.leave().await;
@@ -452,7 +524,7 @@ impl Driver for QemuDriver {
         // Also one that another process has started meanwhile.
         self.refresh();
         self.end_process().await?;
-        if self.lock.is_none() {
+        if self.lock.is_none() || layout::read_run(&self.dir).is_none() {
             // Past a holder of the lock, who may stand still between starting a process and recording it.
             recover::kill_all(&self.dir).await?;
         }
@@ -472,7 +544,12 @@ impl Driver for QemuDriver {
             }
             self.refresh();
             self.end_process().await?;
+            if layout::read_run(&self.dir).is_none() {
+                // No record of a process does not mean that there is none.
+                recover::kill_all(&self.dir).await?;
+            }
             layout::remove(&self.file(STATE))?;
+            layout::remove(&self.file(STATE_FULL))?;
             let trash = self.layout.trash(&self.id);
             layout::remove_tree(&trash)?;
             layout::rename(&self.dir, &trash)?;
@@ -503,7 +580,7 @@ impl Driver for QemuDriver {
 }
 
 /// Tries until QEMU listens and answers. Whoever calls it watches whether QEMU lives, and for how long.
-async fn connect_qmp(dir: &Path) -> Result<Qmp> {
+pub(super) async fn connect_qmp(dir: &Path) -> Result<Qmp> {
     loop {
         if let Ok(stream) = super::socket::connect(dir, QMP).await {
             // A session that does not begin says nothing of the next one.

@@ -3,9 +3,13 @@
 //! ```text
 //! DIR/NAME/            the machine; complete or not there
 //!   vm.json            what it was made from
-//!   disk.qcow2         its overlay on the image's disk
-//!   memory             its memory while it runs or is suspended
+//!   disk.qcow2         its overlay on the image's disk, or on layer.qcow2
+//!   layer.qcow2        the disk of the template that it was forked from
+//!   fresh              it has never run
+//!   birth.json         how it came to be: what from, what was renewed, where the time went
+//!   memory             its memory while it runs or is suspended; a fork that shares its template's has none
 //!   state              its saved execution, complete: renamed into place, renamed away before the guest goes on
+//!   state.full         the same, with the memory in it
 //!   run.json           its process: pid, start time, boot; whether its guest was ready
 //!   serial.log qemu.log qmp.sock qmp2.sock agent.N.sock agent.N.lock
 //! DIR/.staging/NAME    being cloned
@@ -21,13 +25,16 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use vmkit::{Error, ErrorKind, Fact, Id, Result, Spec};
+use vmkit::{Birth, Error, ErrorKind, Fact, Id, Result, Spec};
 
-use crate::process::Identity;
+use super::qmp::Memory;
+use crate::process::{Identity, working_in};
 
 pub(crate) const DISK: &str = "disk.qcow2";
 pub(crate) const MEMORY: &str = "memory";
 pub(crate) const STATE: &str = "state";
+/// A saved execution with the memory in it.
+pub(crate) const STATE_FULL: &str = "state.full";
 pub(crate) const STATE_PARTIAL: &str = "state.tmp";
 pub(crate) const STATE_SPENT: &str = "state.spent";
 pub(crate) const SERIAL: &str = "serial.log";
@@ -35,6 +42,9 @@ pub(crate) const OUTPUT: &str = "qemu.log";
 pub(crate) const QMP: &str = "qmp.sock";
 /// A second way in, for whoever looks from outside.
 pub(crate) const QMP_PROBE: &str = "qmp2.sock";
+pub(crate) const LAYER: &str = "layer.qcow2";
+pub(crate) const FRESH: &str = "fresh";
+const BIRTH: &str = "birth.json";
 const RECORD: &str = "vm.json";
 const RUN: &str = "run.json";
 /// Rises when `vm.json` changes in a way that an older vmkit would misread.
@@ -167,7 +177,19 @@ pub(crate) fn read_run(dir: &Path) -> Option<Run> {
     read_json(&dir.join(RUN))
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+/// For people only: a machine without it is as good.
+pub(crate) fn write_birth(dir: &Path, birth: &Birth) {
+    let text = serde_json::to_vec_pretty(birth).unwrap_or_default();
+    if let Err(error) = fs::write(dir.join(BIRTH), text) {
+        tracing::debug!(dir = %dir.display(), %error, "how a machine came to be is not on record");
+    }
+}
+
+pub(crate) fn read_birth(dir: &Path) -> Option<Birth> {
+    read_json(&dir.join(BIRTH))
+}
+
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
@@ -179,16 +201,37 @@ pub(crate) fn look(dir: &Path) -> Fact {
     if read_record(dir).is_err() || !dir.join(DISK).is_file() {
         return Fact::Broken;
     }
-    let saved = dir.join(STATE).is_file();
-    match live_run(dir) {
-        Some(run) => match run.ready && !saved {
-            true => Fact::Running,
-            false => Fact::Broken,
-        },
-        None if saved && dir.join(MEMORY).is_file() => Fact::Suspended,
-        None if saved => Fact::Broken,
-        None => Fact::Stopped,
+    match (live_run(dir), saved(dir)) {
+        (None, _) if !strays(dir).is_empty() => Fact::Broken,
+        (Some(run), None) if run.ready => Fact::Running,
+        (Some(_), _) => Fact::Broken,
+        (None, Some((STATE, _))) if !dir.join(MEMORY).is_file() => Fact::Broken,
+        (None, Some(_)) => Fact::Suspended,
+        (None, None) => Fact::Stopped,
     }
+}
+
+/// The QEMUs of a machine whose record of its process is missing or damaged. Looking for them takes a look at every process.
+fn strays(dir: &Path) -> Vec<u32> {
+    if read_run(dir).is_some() || dir.join(FRESH).exists() {
+        return Vec::new();
+    }
+    qemus_in(dir)
+}
+
+/// Every QEMU that works in a directory, as far as we may see. Somebody's shell may stand there too.
+pub(crate) fn qemus_in(dir: &Path) -> Vec<u32> {
+    let is_qemu = |pid: &u32| {
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        program.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("qemu-system"))
+    };
+    working_in(dir).into_iter().filter(is_qemu).collect()
+}
+
+/// The saved execution, and where its memory is.
+pub(crate) fn saved(dir: &Path) -> Option<(&'static str, Memory)> {
+    let kinds = [(STATE, Memory::Elsewhere), (STATE_FULL, Memory::Within)];
+    kinds.into_iter().find(|(file, _)| dir.join(file).is_file())
 }
 
 /// Why a machine is [`Fact::Broken`].
@@ -199,11 +242,14 @@ pub(crate) fn problem(dir: &Path) -> Option<String> {
     if !dir.join(DISK).is_file() {
         return Some("its disk is missing".into());
     }
-    let saved = dir.join(STATE).is_file();
+    let saved = saved(dir);
     match live_run(dir) {
+        None if !strays(dir).is_empty() => Some("its process runs, and the record of it is missing or damaged".into()),
         Some(run) if !run.ready => Some("its process runs, and its guest never answered".into()),
-        Some(_) if saved => Some("its process runs beside a saved execution".into()),
-        None if saved && !dir.join(MEMORY).is_file() => Some("it has a saved execution and no memory".into()),
+        Some(_) if saved.is_some() => Some("its process runs beside a saved execution".into()),
+        None if saved.is_some_and(|(file, _)| file == STATE) && !dir.join(MEMORY).is_file() => {
+            Some("it has a saved execution and no memory".into())
+        }
         _ => None,
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use vmkit::{Binding, CommandSpec, Error, ErrorKind, ExitStatus, GuestOps, GuestProcess, ProcessControl, Result};
-use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Exit};
+use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Exit, Fork};
 
 use super::args::{LINES, line_socket};
 use super::socket;
@@ -71,13 +71,13 @@ impl Line {
         Ok(())
     }
 
-    /// The first session with a guest that goes on from a saved execution: its clock is right again before it answers. Takes as
-    /// long as that takes: set a deadline.
-    pub async fn renewed(&self, wire: Wire) -> Result<()> {
+    /// The first session with a guest that goes on from a saved execution, since `now`: its clock is right again before it
+    /// answers, and with `fork` it is somebody else. Returns what was renewed. Takes as long as that takes: set a deadline.
+    pub async fn renewed(&self, wire: Wire, now: SystemTime, fork: Option<Fork>) -> Result<Vec<String>> {
         let mut session = self.session.lock().await;
-        let client = Client::connect_renewed(wire.stream).await.map_err(translate)?;
+        let (client, renewed) = Client::connect_renewed(wire.stream, now, fork).await.map_err(translate)?;
         *session = Some(Session { client, port: Arc::new(wire.port) });
-        Ok(())
+        Ok(renewed)
     }
 
     /// Ends the session on both sides and keeps the line connected, so that a guest that is saved now need not do so when it goes

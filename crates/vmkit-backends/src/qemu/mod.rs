@@ -17,6 +17,7 @@ mod args;
 mod claim;
 mod console;
 mod driver;
+mod fork;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -29,6 +30,7 @@ mod qcow2;
 mod qmp;
 mod recover;
 mod socket;
+mod template;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -40,9 +42,15 @@ use vmkit::{
 pub use claim::PoolClaim;
 pub use driver::QemuDriver;
 pub use host::HostFacts;
+pub use template::TemplateInfo;
 
+use driver::TemplateUse;
 use layout::Layout;
 use lock::{Holder, Lock, holder};
+use template::Templates;
+
+/// A disk with less room is as good as full, bytes.
+const FULL: u64 = 8 << 20;
 
 /// How guests execute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,12 +91,15 @@ pub struct QemuConfig {
     /// Whether a suspend is written through to the disk before it counts: it then survives a power cut, and takes as long as
     /// writing the guest's memory does. Killing processes never needs it.
     pub durable: bool,
+    /// Where templates are kept: then the first start of a clone is a fork of its image's template, which takes as long as the
+    /// saved devices take to load, and the template is made when there is none of that shape. Without it every start boots.
+    pub templates: Option<PathBuf>,
 }
 
 impl QemuConfig {
-    /// The defaults: accelerator `auto`, QEMU from `PATH`, durable.
+    /// The defaults: accelerator `auto`, QEMU from `PATH`, durable, no templates.
     pub fn new(dir: impl Into<PathBuf>) -> QemuConfig {
-        QemuConfig { dir: dir.into(), accelerator: Accelerator::Auto, program: None, durable: true }
+        QemuConfig { dir: dir.into(), accelerator: Accelerator::Auto, program: None, durable: true, templates: None }
     }
 }
 
@@ -97,6 +108,7 @@ impl QemuConfig {
 pub struct Qemu {
     config: QemuConfig,
     layout: Layout,
+    templates: TemplateUse,
 }
 
 impl Qemu {
@@ -115,7 +127,16 @@ impl Qemu {
         }
         rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK)
             .map_err(|error| Error::io(format!("{} cannot be written to", dir.display()), error.into()))?;
-        Ok(Qemu { config, layout: Layout { dir } })
+        let templates = match &config.templates {
+            Some(dir) => TemplateUse::Fork(Templates::open(dir)?),
+            None => TemplateUse::None,
+        };
+        Ok(Qemu { config, layout: Layout { dir }, templates })
+    }
+
+    /// The same, for machines that become templates.
+    fn for_templates(self) -> Qemu {
+        Qemu { templates: TemplateUse::Make, ..self }
     }
 
     /// What this machine can run guests with. Blocks; takes up to three seconds the first time.
@@ -126,6 +147,11 @@ impl Qemu {
         HostFacts::find(&self.layout.dir, self.config.program.as_deref())
     }
 
+    /// Whether a machine has never been started: its next start is a fork of a template, where they are kept.
+    pub fn is_fresh(&self, id: &Id) -> bool {
+        self.layout.machine(id).join(layout::FRESH).exists()
+    }
+
     /// The directory of a machine, whether it is there or not.
     pub fn machine_dir(&self, id: &Id) -> PathBuf {
         self.layout.machine(id)
@@ -134,6 +160,11 @@ impl Qemu {
     /// The file that a machine's console is written to.
     pub fn console_log(&self, id: &Id) -> PathBuf {
         self.layout.machine(id).join(layout::SERIAL)
+    }
+
+    /// Whether the disk that holds the machines has no room left: what a guest writes to its memory or its disk then kills it.
+    pub fn is_full(&self) -> bool {
+        rustix::fs::statvfs(&self.layout.dir).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) < FULL)
     }
 
     /// The digests of the images that machines were made from: those that must be kept.
@@ -158,7 +189,7 @@ impl Qemu {
     }
 
     fn driver(&self, id: &Id, spec: Spec) -> QemuDriver {
-        QemuDriver::new(id.clone(), spec, self.config.clone(), self.layout.clone())
+        QemuDriver::new(id.clone(), spec, self)
     }
 
     /// What a machine is in now, whoever operates on it; Deleted when there is none. Clears up what a process that died left of
@@ -181,6 +212,31 @@ impl Qemu {
             Holder::Free => {}
         }
         Ok(found(self.look(id)))
+    }
+
+    /// Gives up a machine's saved execution: what ran in it is lost, its disk stays, and it is Stopped. For one that cannot go on.
+    /// Whether there was any.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when there is no such machine; when its files cannot be removed.
+    pub async fn discard_saved(&self, id: &Id) -> Result<bool> {
+        let dir = self.layout.machine(id);
+        if !layout::is_ours(&dir) {
+            return Err(Error::new(ErrorKind::NotFound, "there is no such machine").on(id.as_str()));
+        }
+        let taken = Lock::take(&self.layout.lock(id), Action::Stop).await?;
+        if let Some(left) = taken.left {
+            recover::recover(&self.layout, id, left).await?;
+        }
+        let saved = layout::saved(&dir).is_some() && layout::live_run(&dir).is_none();
+        let discarded = match saved {
+            true => [layout::STATE, layout::STATE_FULL, layout::MEMORY]
+                .iter()
+                .try_for_each(|file| layout::remove(&dir.join(file))),
+            false => Ok(()),
+        };
+        taken.lock.release(!layout::is_ours(&dir));
+        discarded.map(|()| saved)
     }
 
     fn look(&self, id: &Id) -> Fact {

@@ -29,6 +29,7 @@ pub(crate) fn properties(dir: &Path) -> Properties {
         cpu_time: used.map(|used| used.cpu),
         uptime: alive.as_ref().map(uptime),
         disk_used: layout::occupied(dir),
+        birth: layout::read_birth(dir),
         ..Properties::default()
     }
 }

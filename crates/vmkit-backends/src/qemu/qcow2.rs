@@ -17,11 +17,24 @@ const PER_L1_ENTRY: u64 = CLUSTER / 8 * CLUSTER;
 const HEADER: u32 = 104;
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
 
-/// Writes an overlay of `size` bytes on the raw disk `base` to `file`, which is empty.
+/// What an overlay is put on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Base<'a> {
+    /// A raw disk.
+    Raw(&'a Path),
+    /// Another overlay.
+    Overlay(&'a Path),
+}
+
+/// Writes an overlay of `size` bytes on `base` to `file`, which is empty.
 ///
 /// # Errors
 /// What writing returns; `InvalidInput` for a size or a name that the format cannot hold.
-pub(crate) fn write_overlay(file: &File, base: &Path, size: u64) -> io::Result<()> {
+pub(crate) fn write_overlay(file: &File, base: Base<'_>, size: u64) -> io::Result<()> {
+    let (base, format) = match base {
+        Base::Raw(base) => (base, b"raw\0\0\0\0\0"),
+        Base::Overlay(base) => (base, b"qcow2\0\0\0"),
+    };
     let name: &OsStr = base.as_os_str();
     let l1_entries = size.div_ceil(PER_L1_ENTRY);
     let l1_clusters = (l1_entries * 8).div_ceil(CLUSTER).max(1);
@@ -51,8 +64,8 @@ pub(crate) fn write_overlay(file: &File, base: &Path, size: u64) -> io::Result<(
     header.extend(4u32.to_be_bytes()); // refcounts of 16 bits
     header.extend(HEADER.to_be_bytes());
     header.extend(BACKING_FORMAT.to_be_bytes());
-    header.extend(3u32.to_be_bytes());
-    header.extend(b"raw\0\0\0\0\0");
+    header.extend(format.iter().position(|byte| *byte == 0).map_or(8, |length| length as u32).to_be_bytes());
+    header.extend(format);
     header.extend([0; 8]); // end of extensions
     header.extend(name.as_bytes());
     debug_assert_eq!(header.len() as u64, backing_offset + name.len() as u64);
@@ -76,7 +89,7 @@ mod tests {
         for size in [64 << 20, 4 << 30, 5 << 40] {
             File::create(&base).unwrap().set_len(size).unwrap();
             let path = dir.path().join("disk.qcow2");
-            write_overlay(&File::create(&path).unwrap(), &base, size).unwrap();
+            write_overlay(&File::create(&path).unwrap(), Base::Raw(&base), size).unwrap();
             let check =
                 std::process::Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().unwrap();
             assert!(check.status.success(), "{check:?}");
@@ -87,8 +100,17 @@ mod tests {
             assert_eq!(info["backing-filename"], base.to_str().unwrap());
             assert_eq!(info["backing-filename-format"], "raw");
         }
+        // One overlay on another.
+        let (layer, top) = (dir.path().join("layer.qcow2"), dir.path().join("top.qcow2"));
+        File::create(&base).unwrap().set_len(64 << 20).unwrap();
+        write_overlay(&File::create(&layer).unwrap(), Base::Raw(&base), 64 << 20).unwrap();
+        write_overlay(&File::create(&top).unwrap(), Base::Overlay(Path::new("layer.qcow2")), 64 << 20).unwrap();
+        let info = ["info", "--backing-chain", "--output=json"];
+        let chain = std::process::Command::new("qemu-img").args(info).arg(&top).output().unwrap().stdout;
+        let chain: serde_json::Value = serde_json::from_slice(&chain).unwrap();
+        assert_eq!((chain[0]["backing-filename-format"].as_str(), chain.as_array().unwrap().len()), (Some("qcow2"), 3));
         let file = File::create(dir.path().join("no")).unwrap();
-        assert!(write_overlay(&file, &base, 0).is_err());
-        assert!(write_overlay(&file, Path::new(&"x".repeat(1024)), 1 << 20).is_err());
+        assert!(write_overlay(&file, Base::Raw(&base), 0).is_err());
+        assert!(write_overlay(&file, Base::Raw(Path::new(&"x".repeat(1024))), 1 << 20).is_err());
     }
 }

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use qapi::ExecuteError;
 use qapi::futures::{QapiStream, QmpStreamTokio};
-use qapi::qmp::{self, MigrationCapability, MigrationCapabilityStatus, MigrationStatus};
+use qapi::qmp::{
+    self, FileMigrationArgs, MigrateSetParameters, MigrationAddress, MigrationCapability, MigrationCapabilityStatus,
+    MigrationChannel, MigrationChannelType, MigrationStatus,
+};
 use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -16,6 +19,15 @@ const ANSWERS: Duration = Duration::from_secs(20);
 
 type Reader = QmpStreamTokio<ReadHalf<UnixStream>>;
 type Writer = QmpStreamTokio<WriteHalf<UnixStream>>;
+
+/// Where a saved execution has its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// In a file of its own.
+    Elsewhere,
+    /// In the saved state.
+    Within,
+}
 
 /// A negotiated session; nothing once a command was lost on it, which nobody can tell from its answer being late.
 pub(crate) struct Qmp(Option<QapiStream<Reader, Writer>>);
@@ -91,25 +103,40 @@ impl Qmp {
         self.execute(qmp::system_powerdown {}).await.map(drop)
     }
 
-    /// Saves the device state to a file in QEMU's directory. The memory is a shared file and stays where it is.
-    pub async fn save(&mut self, file: &str) -> Result<()> {
-        self.ignore_shared_memory().await?;
+    /// Saves the execution to a file in QEMU's directory: the devices' state, where the memory is a file that stays where it is,
+    /// and else the memory too.
+    pub async fn save(&mut self, file: &str, memory: Memory) -> Result<()> {
+        self.take_memory(memory).await?;
         let uri = Some(format!("file:{file}"));
         self.execute(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
         self.migrated("saving the machine's state").await
     }
 
-    /// Loads the device state from a file in QEMU's directory.
-    pub async fn load(&mut self, file: &str) -> Result<()> {
-        self.ignore_shared_memory().await?;
-        let uri = Some(format!("file:{file}"));
-        self.execute(qmp::migrate_incoming { channels: None, exit_on_error: None, uri }).await?;
+    /// Loads what [`save`](Qmp::save) wrote. Relative to QEMU's directory.
+    pub async fn load(&mut self, file: &Path, memory: Memory) -> Result<()> {
+        self.take_memory(memory).await?;
+        let filename = file.to_str().ok_or_else(|| {
+            Error::new(ErrorKind::InvalidArgument, format!("{} is not valid UTF-8", file.display()))
+                .hint("use another state directory")
+        })?;
+        // Structured: in a URI, a path may have no commas.
+        let addr = MigrationAddress::file(FileMigrationArgs { filename: filename.to_owned(), offset: 0 });
+        let channels = Some(vec![MigrationChannel { addr, channel_type: MigrationChannelType::main }]);
+        self.execute(qmp::migrate_incoming { channels, exit_on_error: None, uri: None }).await?;
         self.migrated("loading the machine's state").await
     }
 
-    async fn ignore_shared_memory(&mut self) -> Result<()> {
-        let capability = MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state: true };
-        self.execute(qmp::migrate_set_capabilities { capabilities: vec![capability] }).await.map(drop)
+    async fn take_memory(&mut self, memory: Memory) -> Result<()> {
+        let state = memory == Memory::Elsewhere;
+        let capability = MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state };
+        self.execute(qmp::migrate_set_capabilities { capabilities: vec![capability] }).await?;
+        if memory == Memory::Within {
+            // A file takes what it is given; the limit is for networks.
+            let limit =
+                MigrateSetParameters { max_bandwidth: Some(i64::MAX as u64), ..MigrateSetParameters::default() };
+            self.execute(qmp::migrate_set_parameters(limit)).await?;
+        }
+        Ok(())
     }
 
     /// Asked again and again: the event that announces it may be missed, the answer to a question cannot.
@@ -167,7 +194,7 @@ mod tests {
         assert!(refused.message().contains("refused stop"), "{refused:?}");
         // A refusal does not end the session.
         qmp.stop().await.unwrap();
-        let died = qmp.save("state").await.unwrap_err();
+        let died = qmp.save("state", Memory::Elsewhere).await.unwrap_err();
         assert_eq!(died.kind(), ErrorKind::Backend, "{died:?}");
         // As calling off a suspend does.
         for _ in 0..2 {

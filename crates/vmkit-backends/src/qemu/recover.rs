@@ -6,10 +6,10 @@ use tokio::time::timeout;
 use tracing::warn;
 use vmkit::{Action, Fact, Id, Result};
 
-use super::layout::{self, Layout, QMP, STATE, STATE_PARTIAL, STATE_SPENT};
+use super::layout::{self, Layout, QMP, STATE_PARTIAL, STATE_SPENT};
 use super::line::{Line, translate};
 use super::qmp::Qmp;
-use crate::process::{Identity, working_in};
+use crate::process::Identity;
 
 /// How long a guest that was paused half way may take to go on.
 const GOES_ON: Duration = Duration::from_secs(60);
@@ -27,7 +27,7 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     }
     let alive = layout::live_run(&dir).is_some();
     match left {
-        Action::Suspend if alive && !dir.join(STATE).exists() => {
+        Action::Suspend if alive && layout::saved(&dir).is_none() => {
             // Paused, or about to be: it goes on where it was.
             if let Err(error) = timeout(GOES_ON, go_on(&dir)).await.unwrap_or_else(|_| Err(late())) {
                 warn!(%id, %error, "a suspend that was cut off cannot be called off: ending the machine");
@@ -66,8 +66,7 @@ fn late() -> vmkit::Error {
 /// Kills the recorded process, and a QEMU in the machine's directory that was started and not yet recorded.
 pub(super) async fn kill_all(dir: &std::path::Path) -> Result<()> {
     let recorded = layout::live_run(dir).map(|run| run.process);
-    let found =
-        working_in(dir).into_iter().filter(|pid| is_qemu(*pid)).filter_map(|pid| Identity::of(pid).ok().flatten());
+    let found = layout::qemus_in(dir).into_iter().filter_map(|pid| Identity::of(pid).ok().flatten());
     for identity in recorded.into_iter().chain(found) {
         let failed = |error| vmkit::Error::io("the machine's process cannot be killed", error);
         if let Some(held) = identity.hold().map_err(failed)? {
@@ -76,10 +75,4 @@ pub(super) async fn kill_all(dir: &std::path::Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Somebody's shell may stand in the directory: that is not a machine's process.
-fn is_qemu(pid: u32) -> bool {
-    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-    program.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("qemu-system"))
 }

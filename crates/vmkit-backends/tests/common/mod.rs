@@ -50,11 +50,20 @@ pub fn runtime() -> tokio::runtime::Runtime {
 pub struct QemuRig {
     dir: tempfile::TempDir,
     image: BootImage,
+    templates: Option<PathBuf>,
 }
 
 impl QemuRig {
     pub fn new(image: BootImage) -> QemuRig {
-        QemuRig { dir: tempfile::Builder::new().prefix("vmkit-test-").tempdir().unwrap(), image }
+        let dir = tempfile::Builder::new().prefix("vmkit-test-").tempdir().unwrap();
+        QemuRig { dir, image, templates: None }
+    }
+
+    /// Fresh machines are forks of templates that all tests share.
+    pub fn forking(image: BootImage) -> QemuRig {
+        let mut rig = QemuRig::new(image);
+        rig.templates = Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates"));
+        rig
     }
 
     pub fn dir(&self) -> &Path {
@@ -70,7 +79,7 @@ impl QemuRig {
     }
 
     pub fn qemu(&self) -> Qemu {
-        Qemu::new(QemuConfig::new(self.dir.path())).unwrap()
+        Qemu::new(QemuConfig { templates: self.templates.clone(), ..QemuConfig::new(self.dir.path()) }).unwrap()
     }
 
     pub fn host(&self) -> Host<Qemu> {
@@ -181,7 +190,8 @@ impl Rig for QemuRig {
     }
 
     async fn saved_execution(&self, id: &Id) -> bool {
-        self.machine(id).join("state").is_file() && self.machine(id).join("memory").is_file()
+        let there = |file: &str| self.machine(id).join(file).is_file();
+        there("state") && there("memory") || there("state.full")
     }
 
     async fn kill_process(&self, id: &Id) {

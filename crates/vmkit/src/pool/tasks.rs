@@ -86,7 +86,10 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
     let made: OnceLock<Instance> = OnceLock::new();
     let span = debug_span!("create", vm = order.id.as_str(), tier = order.tier.name());
     let work = async {
-        let instance = backend.create(order.id, order.spec).await?;
+        // What is about to be suspended is not to be copied for that.
+        let own_memory = order.spec.own_memory || order.tier == Tier::Suspended;
+        let spec = order.spec.own_memory(own_memory);
+        let instance = backend.create(order.id, spec).await?;
         let instance = made.get_or_init(|| instance);
         let tier = match order.tier {
             Tier::Suspended if !instance.suspendable() => Tier::Stopped,

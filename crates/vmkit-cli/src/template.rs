@@ -1,0 +1,96 @@
+//! `vmkit template`.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmkit::{Result, Source, Spec};
+
+use crate::args::{Args, TemplateArgs, TemplateCommand};
+use crate::context::{Busy, Context};
+use crate::output::{Failure, Output, age, bytes, table};
+use crate::signals;
+
+pub async fn dispatch(args: &Args, command: &TemplateCommand, output: &Output) -> Result<u8, Failure> {
+    let context = Context::with_templates(args, output)?;
+    match command {
+        TemplateCommand::Ls => ls(&context),
+        TemplateCommand::Build(build) => make(&context, build).await,
+        TemplateCommand::Rm { keys, all } => rm(&context, keys, *all).await,
+    }
+}
+
+fn ls(context: &Context) -> Result<u8, Failure> {
+    let templates = context.qemu().templates()?;
+    context.output.result(&templates, || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let header = ["KEY", "IMAGE", "CPUS", "MEMORY", "SIZE", "QEMU", "ACCEL", "AGE", "WARM"];
+        let rows = templates.iter().map(|template| {
+            vec![
+                template.key.clone(),
+                template.image.clone(),
+                template.cpus.to_string(),
+                bytes(template.memory_mib << 20),
+                bytes(template.size),
+                template.qemu.clone(),
+                template.accelerator.clone(),
+                age(now.saturating_sub(Duration::from_secs(template.created))),
+                template.warm.last().cloned().unwrap_or_else(|| "-".into()),
+            ]
+        });
+        table(&header, rows.collect())
+    })?;
+    Ok(0)
+}
+
+async fn make(context: &Context, build: &TemplateArgs) -> Result<u8, Failure> {
+    let (image, _hold) = context.image(&build.image).await?;
+    let spec = Spec::new(Source::Boot(image)).cpus(build.cpus).memory_mib(build.memory);
+    spec.check()?;
+    let warm: Vec<String> = build.warm.iter().flat_map(|line| ["sh".to_owned(), "-c".into(), line.clone()]).collect();
+    let busy = Busy::new(&context.output, "making a template", &build.image);
+    let made = tokio::select! {
+        made = context.qemu().build_template(&spec, &warm, true) => made,
+        // What is half made is removed by whoever makes it next.
+        signal = signals::asked_to_end() => return Ok(signals::exit_code(signal)),
+    };
+    drop(busy);
+    let info = made?;
+    context.output.result(&info, || format!("{}\n", info.key))?;
+    Ok(0)
+}
+
+/// Each gets its turn; the first failure counts.
+async fn rm(context: &Context, keys: &[String], all: bool) -> Result<u8, Failure> {
+    let keys = match all {
+        true => context.qemu().templates()?.into_iter().map(|template| template.key).collect(),
+        false => keys.to_vec(),
+    };
+    let mut removed = Vec::new();
+    let mut first: Option<Failure> = None;
+    for key in keys {
+        match context.qemu().remove_template(&key).await {
+            Ok(()) => {
+                if !context.output.json {
+                    context.output.result(&(), || format!("{key}\n"))?;
+                }
+                removed.push(serde_json::json!({ "removed": key }));
+            }
+            Err(error) => match first {
+                None => first = Some(error.into()),
+                Some(_) => context.output.failure(&error.into()),
+            },
+        }
+    }
+    if context.output.json {
+        context.output.result(&removed, String::new)?;
+    }
+    first.map_or(Ok(0), Err)
+}
+
+/// Removes the templates of images that are gone.
+pub async fn prune(context: &Context) -> Result<()> {
+    let store = context.images()?;
+    if context.qemu().templates().is_ok() {
+        context.qemu().prune_templates(|digest| store.has(digest)).await?;
+    }
+    Ok(())
+}
