@@ -223,12 +223,13 @@ impl Client {
         self.done(&Request::Shutdown).await
     }
 
-    /// Has the guest write to its disks what it has not written yet.
+    /// Gets the guest ready to be saved as what others go on from: its disks are up to date, and what each of them has to do first
+    /// takes little time.
     ///
     /// # Errors
     /// [`AgentError::Closed`] when the connection is gone.
-    pub async fn sync(&self) -> Result<(), AgentError> {
-        self.done(&Request::Sync).await
+    pub async fn prepare(&self) -> Result<(), AgentError> {
+        self.done(&Request::Prepare).await
     }
 
     /// Tells the agent that the machine is about to be suspended, or that this was called off: commands that run survive the
@@ -567,7 +568,8 @@ fn nanos(time: SystemTime) -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn nonce() -> [u8; 16] {
+/// Random bytes.
+pub fn nonce() -> [u8; 16] {
     let mut nonce = [0; 16];
     let mut filled = 0;
     while filled < nonce.len() {

@@ -137,7 +137,11 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
             std::future::pending::<()>().await;
         }
         let pause = if served.is_empty() { LOOKS } else { LOOKS.max(waited) };
-        tokio::time::sleep(pause).await;
+        tokio::select! {
+            // What has not appeared by then never will, and nobody who goes on from here is to look for it.
+            () = agent.prepares() => std::future::pending().await,
+            () = tokio::time::sleep(pause) => {}
+        }
         waited += pause;
     }
 }

@@ -24,8 +24,9 @@ pub enum Request {
     Ping(u64),
     /// Shut the machine down.
     Shutdown,
-    /// Write to the disks what was not written yet.
-    Sync,
+    /// Others will go on from what is saved next: get ready for that what takes time, and write to the disks what was not written
+    /// yet.
+    Prepare,
     /// Set the clock to this, nanoseconds since 1970.
     Clock(u64),
     /// The machine is about to be suspended (or that was called off): what runs is to survive the loss of its session.
@@ -51,6 +52,8 @@ pub struct Renew {
 pub struct Fork {
     /// Its host name.
     pub hostname: String,
+    /// Its machine id.
+    pub machine_id: [u8; 16],
     /// Its kernel's name of this boot may have been read before the execution was saved: from then on a kernel keeps it.
     pub boot_id: bool,
 }

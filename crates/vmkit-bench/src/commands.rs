@@ -15,6 +15,8 @@ use crate::stop::Stop;
 
 /// What takes milliseconds is measured this often in each round.
 const REPEATS: usize = 10;
+/// And what takes tenths of a second.
+const FORKS: usize = 3;
 
 /// The command, and what it works on.
 #[derive(Debug)]
@@ -27,7 +29,7 @@ pub struct Commands {
 
 impl Commands {
     /// What [`run`](Commands::run) measures.
-    pub const RUN: &[&str] = &["run_process"];
+    pub const RUN: &[&str] = &["run_process", "run_boot"];
     /// What [`states`](Commands::states) measures.
     pub const STATES: &[&str] = &["states_ms"];
 
@@ -45,18 +47,25 @@ impl Commands {
         }
     }
 
-    /// A fresh machine for one process, deleted.
+    /// A fresh machine for one process, deleted: forked, and booted.
     ///
     /// # Errors
     /// When the command fails or leaves something.
     pub fn run(&self, ours: &Ours, samples: &mut Samples) -> Result<()> {
+        for _ in 0..FORKS {
+            self.run_as(&["run", "--", "true"], "run_process", ours, samples)?;
+        }
+        self.run_as(&["--no-template", "run", "--", "true"], "run_boot", ours, samples)
+    }
+
+    fn run_as(&self, args: &[&str], figure: &'static str, ours: &Ours, samples: &mut Samples) -> Result<()> {
         let before = ours.machines()?;
-        let took = ours.block_on(self.execute(&["run", "--", "true"]))?;
+        let took = ours.block_on(self.execute(args))?;
         let left: Vec<_> = ours.machines()?.into_iter().filter(|id| !before.contains(id)).collect();
         if let Some(id) = left.first() {
             return Err(Error::Left(id.to_string()));
         }
-        samples.add("run_process", took);
+        samples.add(figure, took);
         Ok(())
     }
 

@@ -19,6 +19,7 @@ mod commands;
 mod error;
 mod figures;
 mod floor;
+mod forks;
 mod ours;
 mod report;
 mod samples;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use tokio::io::AsyncWriteExt;
 use tokio::runtime::{Builder, Runtime};
 use vmkit::pool::{Pool, Staging};
 use vmkit::{BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, Instance, Source, Spec, cleanup};
@@ -13,54 +14,64 @@ use crate::samples::{Samples, ms};
 use crate::stop::Stop;
 
 /// Short measurements are made this often in each round.
-const REPEATS: usize = 3;
+pub(crate) const REPEATS: usize = 3;
 /// How many answers make a guest warm.
 const WARM: usize = 5;
 /// The same process as the floor's.
-const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
+pub(crate) const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
 /// How often it is looked whether a pool is full.
-const FILLS: Duration = Duration::from_millis(20);
+pub(crate) const FILLS: Duration = Duration::from_millis(20);
 /// How long removing a machine may take.
-const CLEANUP: Duration = Duration::from_secs(60);
+pub(crate) const CLEANUP: Duration = Duration::from_secs(60);
 
 /// The measurements, and the machines they are made on. All machines are removed when it is dropped.
 pub struct Ours {
-    runtime: Runtime,
-    stop: Stop,
+    pub(crate) runtime: Runtime,
+    pub(crate) stop: Stop,
+    /// Its fresh machines are forks of templates.
+    pub(crate) forks: Host<Qemu>,
     /// Suspends by writing files, as the floor does.
     host: Host<Qemu>,
     /// Suspends by writing through to the disk, as `vmkit` does.
     durable: Host<Qemu>,
-    spec: Spec,
-    made: u32,
+    pub(crate) spec: Spec,
+    pub(crate) made: u32,
     /// The machine of this round, suspended: it costs no processor time while the floor has its turn.
     parked: Option<Id>,
 }
 
 impl Ours {
     /// What [`boot`](Ours::boot) measures.
-    pub const BOOT: &[&str] = &["clone", "cold_boot", "out_mib_s"];
+    pub const BOOT: &[&str] = &["clone", "cold_boot", "out_mib_s", "in_mib_s"];
     /// What [`warm`](Ours::warm) is for.
     pub const WARM: &[&str] = &["exec_warm", "process_warm"];
     /// What [`suspend`](Ours::suspend) measures.
-    pub const SUSPEND: &[&str] = &["suspend", "suspend_fsync", "resume", "resume_ping", "delete"];
+    pub const SUSPEND: &[&str] = &["suspend", "suspend_fsync", "resume", "resume_process", "delete"];
 
     /// What [`pool`](Ours::pool) measures.
     pub const POOL: &[&str] = &["acquire_running", "acquire_suspended", "acquire_stopped"];
 
-    /// Machines in `dir`, made from `image`.
+    /// Machines in `dir`, made from `image`, and forks of templates in `templates`.
     ///
     /// # Errors
     /// When `dir` cannot be used, or QEMU is missing.
-    pub fn new(dir: &Path, image: BootImage, memory_mib: u64, accelerator: Accelerator, stop: Stop) -> Result<Ours> {
+    pub fn new(
+        dir: &Path,
+        templates: &Path,
+        image: BootImage,
+        memory_mib: u64,
+        accelerator: Accelerator,
+        stop: Stop,
+    ) -> Result<Ours> {
         // As the command has it.
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| VmkitError::io("the runtime cannot be started", error))?;
         let config = QemuConfig { accelerator, durable: false, ..QemuConfig::new(dir) };
         let durable = QemuConfig { durable: true, ..config.clone() };
-        let (host, durable) = (Host::new(Qemu::new(config)?), Host::new(Qemu::new(durable)?));
+        let forks = QemuConfig { templates: Some(templates.to_owned()), ..config.clone() };
+        let [host, durable, forks] = [config, durable, forks].map(|config| Qemu::new(config).map(Host::new));
         let spec = Spec::new(Source::Boot(image)).memory_mib(memory_mib);
-        Ok(Ours { runtime, stop, host, durable, spec, made: 0, parked: None })
+        Ok(Ours { runtime, stop, forks: forks?, host: host?, durable: durable?, spec, made: 0, parked: None })
     }
 
     /// QEMU's program, and whether guests execute with KVM.
@@ -93,6 +104,9 @@ impl Ours {
             let clock = Instant::now();
             let zeros = vm.command("dd").args(["if=/dev/zero", "bs=64k", "count=1024"]).output().await?.stdout;
             samples.add("out_mib_s", zeros.len() as f64 / f64::from(1 << 20) / clock.elapsed().as_secs_f64());
+            let clock = Instant::now();
+            feed(&vm, &zeros).await?;
+            samples.add("in_mib_s", zeros.len() as f64 / f64::from(1 << 20) / clock.elapsed().as_secs_f64());
             vm.suspend().await
         };
         run(&self.runtime, &self.stop, measure)?;
@@ -167,14 +181,14 @@ impl Ours {
                 let clock = Instant::now();
                 vm.start(ConsoleSinks::discard()).await?;
                 vm.ping().await?;
-                samples.add("resume_ping", ms(clock.elapsed()));
+                samples.add("resume", ms(clock.elapsed()));
                 let clock = Instant::now();
                 vm.suspend().await?;
                 samples.add("suspend", ms(clock.elapsed()));
                 let clock = Instant::now();
                 through.start(ConsoleSinks::discard()).await?;
                 say(&through, PROCESS.0, PROCESS.1).await?;
-                samples.add("resume", ms(clock.elapsed()));
+                samples.add("resume_process", ms(clock.elapsed()));
                 let clock = Instant::now();
                 through.suspend().await?;
                 samples.add("suspend_fsync", ms(clock.elapsed()));
@@ -207,7 +221,7 @@ impl Ours {
             Staging::Suspended => ("acquire_suspended", REPEATS),
             Staging::Stopped => ("acquire_stopped", 1),
         };
-        let pool = Pool::builder(self.host.clone(), self.spec.clone()).name(name).size(size).staging(staging);
+        let pool = Pool::builder(self.forks.clone(), self.spec.clone()).name(name).size(size).staging(staging);
         // Warm is what has executed a process since its QEMU began.
         let pool = pool.ready_command(PROCESS.0.iter().copied()).create_concurrency(1).build()?;
         let fill = async {
@@ -282,7 +296,7 @@ impl Drop for Ours {
     }
 }
 
-async fn remove(host: &Host<Qemu>, id: &Id) -> vmkit::Result<()> {
+pub(crate) async fn remove(host: &Host<Qemu>, id: &Id) -> vmkit::Result<()> {
     match host.adopt(id).await {
         Ok(vm) => cleanup(&vm, Duration::ZERO, CLEANUP).await,
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -291,7 +305,7 @@ async fn remove(host: &Host<Qemu>, id: &Id) -> vmkit::Result<()> {
 }
 
 /// Carries out a measurement, unless somebody asks to end.
-fn run<T>(runtime: &Runtime, stop: &Stop, measure: impl Future<Output = vmkit::Result<T>>) -> Result<T> {
+pub(crate) fn run<T>(runtime: &Runtime, stop: &Stop, measure: impl Future<Output = vmkit::Result<T>>) -> Result<T> {
     runtime.block_on(async {
         tokio::select! {
             biased;
@@ -301,8 +315,20 @@ fn run<T>(runtime: &Runtime, stop: &Stop, measure: impl Future<Output = vmkit::R
     })
 }
 
+/// Bytes into a process, which has read them all when this returns.
+async fn feed(vm: &Instance, bytes: &[u8]) -> vmkit::Result<()> {
+    let mut child = vm.command("dd").args(["of=/dev/null", "bs=64k"]).stdin(true).spawn().await?;
+    if let Some(stdin) = &mut child.stdin {
+        stdin.write_all(bytes).await.map_err(|error| VmkitError::io("a process's input cannot be written", error))?;
+    }
+    match child.wait().await? {
+        status if status.success() => Ok(()),
+        status => Err(VmkitError::new(ErrorKind::Inconsistent, format!("a process that reads ended with {status}"))),
+    }
+}
+
 /// A process, whose answer must be this one: else what is measured is not what it should be.
-async fn say(vm: &Instance, words: &[&str], answer: &str) -> vmkit::Result<()> {
+pub(crate) async fn say(vm: &Instance, words: &[&str], answer: &str) -> vmkit::Result<()> {
     let output = vm.command(words[0]).args(words[1..].iter().copied()).output().await?;
     match String::from_utf8_lossy(&output.stdout).trim() {
         said if said == answer && output.status.success() => Ok(()),

@@ -57,7 +57,7 @@ pub fn measure(plan: &Plan, stop: &Stop) -> Result<Report> {
     let mut report = Report::default();
     for round in 1..=plan.runs {
         eprintln!("vmkit-bench: round {round} of {}", plan.runs);
-        session.round(&plan.wanted, stop, &mut report)?;
+        session.round(&plan.wanted, round == 1, stop, &mut report)?;
     }
     Ok(report)
 }
@@ -81,10 +81,15 @@ impl Session {
         made.map_err(|error| VmkitError::io(format!("{} cannot be written to", dir.path().display()), error))?;
 
         let guest = Guest::make(&dir.path().join("floor"), &image.kernel, &image.initramfs)?;
-        let ours = Ours::new(&dir.path().join("vms"), image, MEMORY_MIB, plan.accelerator, stop.clone())?;
+        let (vms, templates) = (dir.path().join("vms"), images.join("templates"));
+        let ours = Ours::new(&vms, &templates, image, MEMORY_MIB, plan.accelerator, stop.clone())?;
         // Looked up here, so that no measurement includes finding out whether KVM works.
         let (program, kvm) = ours.qemu(plan.accelerator)?;
         let accelerator = if kvm { "kvm" } else { "tcg" };
+        if [Ours::FORK, Ours::CHURN, Ours::BURST, Ours::POOL, Commands::RUN].iter().any(|names| plan.wanted.ours(names))
+        {
+            ours.template()?;
+        }
         let floor = Floor::new(Config {
             program,
             kvm,
@@ -105,7 +110,7 @@ impl Session {
     }
 
     /// One round: the floor's turns and ours alternate, so that what disturbs this machine for a while disturbs both.
-    fn round(&mut self, wanted: &Wanted, stop: &Stop, report: &mut Report) -> Result<()> {
+    fn round(&mut self, wanted: &Wanted, first: bool, stop: &Stop, report: &mut Report) -> Result<()> {
         let Session { floor, ours, commands, .. } = self;
         let go_on = || if stop.is_raised() { Err(Error::Interrupted) } else { Ok(()) };
         if wanted.floor(Floor::BOOT) {
@@ -116,6 +121,9 @@ impl Session {
         }
         if wanted.floor(Floor::PROCESS) {
             floor.process(&mut report.floor)?;
+        }
+        if wanted.ours(Ours::FORK) {
+            ours.fork(&mut report.ours)?;
         }
         if wanted.floor(Floor::WARM) {
             warm(floor, wanted.ours(Ours::WARM).then_some(&mut *ours), report)?;
@@ -143,6 +151,13 @@ impl Session {
         ours.discard()?;
         if wanted.floor(Floor::CROWD) {
             floor.crowd(&mut report.floor)?;
+        }
+        if wanted.ours(Ours::CHURN) {
+            ours.churn(&mut report.ours)?;
+        }
+        // Once: a hundred machines take their time to get ready.
+        if first && wanted.ours(Ours::BURST) {
+            ours.burst(&mut report.ours)?;
         }
         go_on()
     }

@@ -51,7 +51,8 @@ impl Ended {
 /// The command as it was asked for.
 pub fn command(instance: &Instance, args: &CommandArgs) -> Command {
     let (program, rest) = args.command.split_first().map_or((String::new(), &[][..]), |(p, rest)| (p.clone(), rest));
-    let mut command = instance.command(program).args(rest).stdin(args.interactive).stdout(true).stderr(true);
+    let mut command =
+        instance.command(program).args(rest).stdin(args.interactive).stdout(true).stderr(true).whole(true);
     for (key, value) in &args.env {
         command = command.env(key, value);
     }

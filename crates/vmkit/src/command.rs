@@ -112,6 +112,13 @@ impl Command {
         self
     }
 
+    /// Says that nothing is to be done with it between its start and its end, as [`output`](Command::output) and
+    /// [`status`](Command::status) do: when the end comes within milliseconds, the two may be told of at once.
+    pub fn whole(mut self, whole: bool) -> Command {
+        self.spec.whole = whole;
+        self
+    }
+
     /// Kills it, with its children, when it takes longer. Counts from the moment it is sent to the guest, so that one that
     /// hangs keeps nobody waiting.
     pub fn timeout(mut self, limit: Duration) -> Command {

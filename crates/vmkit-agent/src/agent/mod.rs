@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use yamux::Mode;
 
 use crate::link::{Handshake, Kind, Link, VERSION};
@@ -35,6 +35,9 @@ const MAX_EXECS: usize = 256;
 /// How long the next session waits for what the last one ran to be gone.
 const ENDS: Duration = Duration::from_secs(3);
 
+/// How long after a guest became another it writes that down: most are gone by then, and the others have the time.
+const SETTLES: Duration = Duration::from_secs(5);
+
 /// The agent of one guest; serves any number of lines at once.
 #[derive(Clone)]
 pub struct Agent(Arc<Inner>);
@@ -45,6 +48,10 @@ struct Inner {
     running: exec::Running,
     /// What every command's environment has beside the agent's own.
     env: Mutex<Vec<(String, String)>>,
+    /// What was made ready for those who go on from what is saved.
+    prepared: Mutex<Option<renew::Prepared>>,
+    /// Told once it was: what was being waited for is not to be what others begin with.
+    prepares: Notify,
     /// When a host last said good-bye, by the clock that stands still while a machine is saved.
     left: Mutex<Option<Timespec>>,
 }
@@ -69,7 +76,14 @@ impl Agent {
             running: exec::Running::default(),
             env: Mutex::default(),
             left: Mutex::default(),
+            prepared: Mutex::default(),
+            prepares: Notify::new(),
         })))
+    }
+
+    /// Returns when what this guest is now is about to be saved, for others to go on from. For one caller.
+    pub async fn prepares(&self) {
+        self.0.prepares.notified().await;
     }
 
     /// Serves one line: one session after the other, for as long as the line lasts. What a session started and did not
@@ -112,7 +126,16 @@ impl Agent {
         }
         let reply = match protocol::decode::<Renew>(payload) {
             Ok(renew) => match renew::apply(&renew, &self.0).await {
-                Ok(renewed) => Reply::Renewed(renewed),
+                Ok(renewed) => {
+                    if renew.fork.is_some() {
+                        let inner = self.0.clone();
+                        tokio::spawn(async move {
+                            tokio::time::sleep(SETTLES).await;
+                            renew::settle(&inner);
+                        });
+                    }
+                    Reply::Renewed(renewed)
+                }
                 Err(message) => Reply::Failed(Failure::Other, message),
             },
             Err(error) => Reply::Failed(Failure::Invalid, error.to_string()),
@@ -168,9 +191,15 @@ impl Session {
                 Ok(()) => answer(&mut stream, &Reply::Done).await,
                 Err((failure, message)) => answer(&mut stream, &Reply::Failed(failure, message)).await,
             },
-            Request::Sync => {
+            Request::Prepare => {
+                self.agent.0.prepares.notify_one();
+                let inner = self.agent.0.clone();
                 // It may take long, and others are served meanwhile.
-                let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
+                let _ = tokio::task::spawn_blocking(move || {
+                    renew::prepare(&inner);
+                    rustix::fs::sync();
+                })
+                .await;
                 answer(&mut stream, &Reply::Done).await;
             }
             Request::Clock(now) => match renew::set_clock(now) {
@@ -178,6 +207,7 @@ impl Session {
                 Err(message) => answer(&mut stream, &Reply::Failed(Failure::Other, message)).await,
             },
             Request::Shutdown => {
+                renew::settle(&self.agent.0);
                 answer(&mut stream, &Reply::Done).await;
                 tokio::spawn(shutdown::shutdown());
             }

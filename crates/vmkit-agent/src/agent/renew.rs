@@ -12,7 +12,8 @@ use rustix::mount::mount_bind;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
-use super::{Inner, lock, machine_id, spawn};
+use super::machine_id::{self, MachineId};
+use super::{Inner, lock, spawn};
 use crate::protocol::{ExecRequest, Exit, Fork, Renew, Renewed};
 
 /// Tells the kernel to draw from its pool anew: `RNDRESEEDCRNG` of `linux/random.h`.
@@ -21,12 +22,51 @@ const RESEED: Opcode = opcode::none(b'R', 7);
 const HOOKS: &str = "/etc/vmkit/fork.d";
 /// How long each of them may take, and making a key.
 const PATIENCE: Duration = Duration::from_secs(60);
+const SSH: &str = "/etc/ssh";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What was made ready while there was time: a guest that goes on does everything for the first time, and looking for what is not
+/// there is much to do.
+pub(super) struct Prepared {
+    /// The kernel's pool of random numbers, to be written to.
+    pool: File,
+    /// The machine id, if the system has one; an error where only the file itself can be written.
+    id: io::Result<Option<MachineId>>,
+    /// Whether there are host keys to be renewed.
+    keys: bool,
+    /// Whether there are hooks to be executed.
+    hooks: bool,
+}
+
+/// Gets ready for being saved as what others go on from.
+pub(super) fn prepare(agent: &Inner) {
+    let Ok(pool) = pool() else { return };
+    let mut prepared = lock(&agent.prepared);
+    let id = match prepared.take() {
+        Some(Prepared { id: Ok(id), .. }) => Ok(id),
+        _ => MachineId::prepare(),
+    };
+    let (keys, hooks) = (!host_keys(Path::new(SSH)).is_empty(), !hooks(Path::new(HOOKS)).is_empty());
+    *prepared = Some(Prepared { pool, id, keys, hooks });
+}
+
+/// Writes down for good what was only noted.
+pub(super) fn settle(agent: &Inner) {
+    if let Some(Prepared { id: Ok(Some(id)), .. }) = &*lock(&agent.prepared)
+        && let Err(error) = id.settle()
+    {
+        eprintln!("vmkit-agent: the machine id could not be written: {error}");
+    }
+}
 
 /// All of it, or an error that says what could not be done: nobody is to get a guest that is somebody else too.
 pub(super) async fn apply(renew: &Renew, agent: &Inner) -> Result<Renewed, String> {
     // First of all: what is drawn from here on is this guest's own.
-    reseed(&renew.seed).map_err(|error| format!("the guest could not renew its random numbers: {error}"))?;
+    let reseeded = match &*lock(&agent.prepared) {
+        Some(prepared) => reseed(&prepared.pool, &renew.seed),
+        None => pool().and_then(|pool| reseed(&pool, &renew.seed)),
+    };
+    reseeded.map_err(|error| format!("the guest could not renew its random numbers: {error}"))?;
     let mut what = vec!["random".to_owned()];
     // The guest counts what went by since it was left, and the host when it went on; between the two it stood still.
     let since = lock(&agent.left).take().map_or(0, |left| nanos(clock_gettime(ClockId::Monotonic)) - nanos(left));
@@ -53,15 +93,19 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     rustix::system::sethostname(fork.hostname.as_bytes())
         .map_err(|error| format!("the guest could not be named {:?}: {error}", fork.hostname))?;
     what.push("hostname".into());
-    if machine_id::renew(Path::new("/"))
-        .map_err(|error| format!("the guest could not renew its machine id: {error}"))?
-    {
+    let (renewed, keys, hooks) = match &*lock(&agent.prepared) {
+        Some(Prepared { id: Ok(id), keys, hooks, .. }) => {
+            (id.as_ref().map_or(Ok(false), |id| id.renew(fork.machine_id)), *keys, *hooks)
+        }
+        _ => (machine_id::renew(Path::new("/"), fork.machine_id), true, true),
+    };
+    if renewed.map_err(|error| format!("the guest could not renew its machine id: {error}"))? {
         what.push("machine-id".into());
     }
     if fork.boot_id && renew_boot_id().is_ok() {
         what.push("boot-id".into());
     }
-    let keys = host_keys(Path::new("/etc/ssh"));
+    let keys = if keys { host_keys(Path::new(SSH)) } else { Vec::new() };
     for (kind, key) in &keys {
         renew_host_key(kind, key, agent).await?;
     }
@@ -71,7 +115,7 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
         let pid = fs::read_to_string("/run/sshd.pid").ok().and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
         pid.map(|pid| kill_process(pid, Signal::HUP));
     }
-    for hook in hooks(Path::new(HOOKS)) {
+    for hook in if hooks { self::hooks(Path::new(HOOKS)) } else { Vec::new() } {
         let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
         execute(&hook.to_string_lossy(), &[], agent).await.map_err(|how| format!("the guest's hook {name} {how}"))?;
         what.push(format!("hook {name}"));
@@ -79,10 +123,13 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     Ok(())
 }
 
-fn reseed(seed: &[u8; 32]) -> io::Result<()> {
-    let mut pool = File::options().write(true).open("/dev/urandom")?;
+fn pool() -> io::Result<File> {
+    File::options().write(true).open("/dev/urandom")
+}
+
+fn reseed(mut pool: &File, seed: &[u8; 32]) -> io::Result<()> {
     pool.write_all(seed)?;
-    match draw_anew(&pool) {
+    match draw_anew(pool) {
         // Older kernels have no such call: what was written is in the pool all the same.
         Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOTTY) => Ok(()),
         Err(error) => Err(error.into()),

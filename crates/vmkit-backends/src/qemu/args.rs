@@ -62,7 +62,8 @@ pub(crate) fn args(
     // A resumed machine goes on writing where it stopped.
     let append = if begin == Begin::Boot { "off" } else { "on" };
     add(&["-chardev", &format!("file,id=console,path={SERIAL},append={append}"), "-serial", "chardev:console"]);
-    add(&["-device", "virtio-serial-pci"]);
+    // No more queues than there are lines, and the one for a console, which is always number 0: each would be saved and loaded.
+    add(&["-device", &format!("virtio-serial-pci,max_ports={}", LINES + 1)]);
     for line in 0..LINES {
         add(&["-chardev", &format!("socket,id=a{line},path={},server=on,wait=off", line_socket(line))]);
         add(&["-device", &format!("virtserialport,chardev=a{line},name={PORT_NAME}{line}")]);

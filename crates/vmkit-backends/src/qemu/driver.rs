@@ -6,6 +6,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures::TryFutureExt;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
@@ -479,18 +480,27 @@ impl Driver for QemuDriver {
     }
 
     async fn suspend(&mut self) -> Result<()> {
-        let mut qmp = Qmp::connect(&self.dir, QMP).await.map_err(|error| {
+        if matches!(self.templates, TemplateUse::Make) {
+            // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
+            self.line.client().await?.prepare().await.map_err(translate)?;
+        }
+        let connected = Qmp::connect(&self.dir, QMP).map_err(|error| {
             // Not as one that is late: nothing was begun, and nothing is to be ended for it.
             Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
                 "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
             )
-        })?;
-        if matches!(self.templates, TemplateUse::Make) {
-            // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
-            self.line.client().await?.sync().await.map_err(translate)?;
-        }
+        });
         // What runs is to survive the loss of its session. A guest whose agent is silent is not one to resume.
-        self.ask_agent(async |agent| agent.freeze(true).await).await?;
+        let frozen = self.ask_agent(async |agent| agent.freeze(true).await);
+        let mut qmp = match tokio::join!(connected, frozen) {
+            (Ok(qmp), Ok(())) => qmp,
+            (connected, frozen) => {
+                if frozen.is_ok() {
+                    let _ = self.ask_agent(async |agent| agent.freeze(false).await).await;
+                }
+                return connected.and(frozen.map(drop)).map(drop);
+            }
+        };
         let left = self.line.leave().await;
         if let Err(error) = &left {
             debug!(id = %self.id, %error, "the session ends with the guest's suspension instead of before");

@@ -101,7 +101,11 @@ impl QemuDriver {
         })?;
         // From here on its disk is its own: the next start boots from it.
         layout::remove(&self.file(FRESH))?;
-        let who = Fork { hostname: self.id.to_string(), boot_id: !template.info.warm.is_empty() };
+        let who = Fork {
+            hostname: self.id.to_string(),
+            machine_id: vmkit_agent::client::nonce(),
+            boot_id: !template.info.warm.is_empty(),
+        };
         let line = self.line.clone();
         let goes_on = async {
             let since = SystemTime::now();

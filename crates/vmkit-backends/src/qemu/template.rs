@@ -397,6 +397,9 @@ impl Qemu {
 }
 
 async fn warm_up(vm: &vmkit::Instance, warm: &[String]) -> Result<()> {
+    // What every program needs is read from the disk once, here, and is in the memory of every fork. An image without a shell has
+    // its own ways.
+    let _ = vm.command("sh").args(["-c", "true; /bin/true"]).output().await;
     let Some((program, words)) = warm.split_first() else { return Ok(()) };
     let output = vm.command(program).args(words.iter().cloned()).output().await?;
     if output.status.success() {
