@@ -1,0 +1,278 @@
+//! Templates, and the machines that are forks of them.
+
+mod common;
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use common::{base, id, pids_where, runtime};
+use futures::future::{join_all, try_join_all};
+use vmkit::{BootImage, ConsoleSinks, ErrorKind, Host, Instance, Origin, Source, Spec, State, cleanup};
+use vmkit_backends::qemu::{Qemu, QemuConfig};
+
+/// Machines and templates of one test.
+struct Farm {
+    dir: tempfile::TempDir,
+    image: BootImage,
+    host: Host<Qemu>,
+}
+
+impl Farm {
+    /// With templates of its own, or with those that all tests share.
+    fn new(image: BootImage, own: bool) -> Farm {
+        let dir = tempfile::Builder::new().prefix("vmkit-test-").tempdir().unwrap();
+        let shared = Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates");
+        let templates = Some(if own { dir.path().join("templates") } else { shared });
+        let config = QemuConfig { templates, ..QemuConfig::new(dir.path().join("vms")) };
+        Farm { image, host: Host::new(Qemu::new(config).unwrap()), dir }
+    }
+
+    fn qemu(&self) -> &Qemu {
+        self.host.provider()
+    }
+
+    fn spec(&self) -> Spec {
+        Spec::new(Source::Boot(self.image.clone())).memory_mib(192)
+    }
+
+    async fn running(&self, name: &str) -> Instance {
+        self.running_as(name, self.spec()).await
+    }
+
+    async fn running_as(&self, name: &str, spec: Spec) -> Instance {
+        let vm = self.host.create(id(name), spec).await.unwrap();
+        vm.clone_source().await.unwrap();
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        vm
+    }
+
+    fn left(&self) -> Vec<String> {
+        let vms = fs::canonicalize(self.dir.path().join("vms")).unwrap();
+        let mut left: Vec<String> = pids_where(|cwd| cwd.starts_with(&vms)).iter().map(ToString::to_string).collect();
+        for part in ["", ".staging", ".trash", ".locks"] {
+            let entries = fs::read_dir(vms.join(part)).unwrap().flatten();
+            left.extend(entries.map(|entry| entry.file_name().into_string().unwrap()).filter(|n| !n.starts_with('.')));
+        }
+        left
+    }
+}
+
+impl Drop for Farm {
+    fn drop(&mut self) {
+        // Also after a panic: nothing outlives its test.
+        let dir = fs::canonicalize(self.dir.path()).unwrap();
+        for pid in pids_where(|cwd| cwd.starts_with(&dir)) {
+            let _ = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status();
+        }
+    }
+}
+
+async fn sh(vm: &Instance, script: &str) -> String {
+    let output = vm.command("sh").args(["-c", script]).output().await.unwrap();
+    assert!(output.status.success(), "{script}: {output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+async fn discard(vm: &Instance) {
+    cleanup(vm, Duration::ZERO, Duration::from_secs(60)).await.unwrap();
+}
+
+#[test]
+fn a_template_is_made_once_and_its_forks_are_born_of_it() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, true);
+    runtime().block_on(async {
+        assert!(farm.qemu().template_for(&farm.spec()).unwrap().is_none());
+        // Everybody wants it at once.
+        let vms = join_all(["a", "b", "c"].map(|name| farm.running(name))).await;
+        let templates = farm.qemu().templates().unwrap();
+        assert_eq!(templates.len(), 1, "{templates:?}");
+        for vm in &vms {
+            let birth = vm.properties().birth.unwrap();
+            assert_eq!((birth.how, birth.template.as_ref()), (Origin::Fork, Some(&templates[0].key)), "{birth:?}");
+            assert!(birth.unused && birth.note.is_none());
+            for part in ["random", "clock", "hostname", "machine-id"] {
+                assert!(birth.renewed.iter().any(|renewed| renewed == part), "{part}: {birth:?}");
+            }
+            assert!(birth.phases.iter().map(|phase| phase.ms).sum::<f64>() > 0.0);
+        }
+        // Another shape is another template.
+        let wide = farm.running_as("wide", farm.spec().cpus(2)).await;
+        assert_eq!(sh(&wide, "nproc").await, "2");
+        assert_eq!(farm.qemu().templates().unwrap().len(), 2);
+        // What was forked needs its template no more.
+        let key = &templates[0].key;
+        farm.qemu().remove_template(key).await.unwrap();
+        assert_eq!(farm.qemu().remove_template(key).await.unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(sh(&vms[0], "ls / | wc -l; cat /etc/hostname /bin/busybox | wc -c").await.lines().count(), 2);
+        vms[0].stop(Duration::from_secs(20)).await.stop.unwrap();
+        vms[0].start(ConsoleSinks::discard()).await.unwrap();
+        assert_eq!(sh(&vms[0], "hostname").await, "a");
+        for vm in vms.iter().chain([&wide]) {
+            discard(vm).await;
+        }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_fork_boots_from_what_it_wrote_and_keeps_who_it_is() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        let vm = farm.running("web").await;
+        let other = farm.running("other").await;
+        sh(&vm, "echo kept > /kept; echo lost > /dev/shm/lost").await;
+        let before = sh(&vm, "cat /etc/machine-id").await;
+        assert!(!vm.properties().birth.unwrap().renewed.is_empty());
+        vm.stop(Duration::from_secs(20)).await.stop.unwrap();
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        // It booted: its memory is gone, and its disk and its name are not.
+        assert_eq!(vm.properties().birth.unwrap().how, Origin::Boot);
+        assert_eq!(sh(&vm, "cat /kept; hostname; ls /dev/shm").await, "kept\nweb");
+        assert_eq!(sh(&vm, "cat /etc/machine-id").await, before);
+        // One that was killed before it could write that down has a name of its own all the same.
+        let twin = sh(&other, "cat /etc/machine-id").await;
+        other.kill().await.stopped().unwrap();
+        other.start(ConsoleSinks::discard()).await.unwrap();
+        let own = sh(&other, "cat /etc/machine-id").await;
+        assert!(own.len() == 32 && own != before, "{own}, {twin}");
+        for vm in [&vm, &other] {
+            discard(vm).await;
+        }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_fork_is_suspended_with_its_memory_and_goes_on() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        for own in [false, true] {
+            let vm = farm.running_as("web", farm.spec().own_memory(own)).await;
+            sh(&vm, "head -c 20000000 /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum").await;
+            // The first time, and when the memory is its own in any case.
+            for _ in 0..2 {
+                vm.suspend().await.unwrap();
+                assert_eq!(vm.state(), State::Suspended);
+                let dir = farm.qemu().machine_dir(vm.id());
+                assert!(pids_where(|cwd| cwd.starts_with(&dir)).is_empty());
+                vm.start(ConsoleSinks::discard()).await.unwrap();
+                sh(&vm, "md5sum -c /dev/shm/sum").await;
+            }
+            discard(&vm).await;
+        }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn no_two_forks_are_twins() {
+    const FORKS: usize = 200;
+    /// What a guest's clock may differ by, and what asking for it may take beside others.
+    const CLOCK: Duration = Duration::from_millis(50);
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        let mut seen: [HashSet<String>; 4] = Default::default();
+        let mut late = Vec::new();
+        for batch in 0..FORKS / 4 {
+            let vms = join_all((0..4).map(|n| {
+                let farm = &farm;
+                async move { farm.running(&format!("twin-{batch}-{n}")).await }
+            }))
+            .await;
+            for vm in &vms {
+                let script = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; cat /etc/machine-id \
+                              /proc/sys/kernel/random/boot_id; hostname; adjtimex | grep -E 'time.tv_(sec|usec)'";
+                let asked = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+                let said = sh(vm, script).await;
+                let answered = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+                let mut lines = said.lines();
+                for seen in &mut seen {
+                    let line = lines.next().unwrap();
+                    assert!(seen.insert(line.to_owned()), "two machines have {line}");
+                }
+                let mut number = || lines.next().unwrap().split_whitespace().last().unwrap().parse::<u64>().unwrap();
+                let (seconds, micros) = (number(), number());
+                // Its clock was read at some moment between the question and the answer.
+                let clock = Duration::from_secs(seconds) + Duration::from_micros(micros);
+                let off = asked.saturating_sub(clock).max(clock.saturating_sub(answered));
+                if off > CLOCK {
+                    late.push(off);
+                }
+            }
+            try_join_all(vms.iter().map(|vm| cleanup(vm, Duration::ZERO, Duration::from_secs(60)))).await.unwrap();
+        }
+        assert_eq!(seen.map(|seen| seen.len()), [FORKS; 4]);
+        assert!(late.is_empty(), "clocks are wrong by {late:?}");
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_fork_that_cannot_be_made_its_own_is_not_handed_out() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, true);
+    runtime().block_on(async {
+        // The template's guest gets hooks; a machine that boots has no use for them.
+        let hook = |script: &str| {
+            let path = "/etc/vmkit/fork.d/10-check";
+            format!("mkdir -p /etc/vmkit/fork.d && printf '#!/bin/sh\\n{script}\\n' > {path} && chmod 755 {path}")
+        };
+        let warm = |script: String| ["sh".to_owned(), "-c".into(), script];
+        let good = warm(hook("cat /etc/machine-id > /hooked"));
+        farm.qemu().build_template(&farm.spec(), &good, true).await.unwrap();
+        let vm = farm.running("good").await;
+        assert!(vm.properties().birth.unwrap().renewed.contains(&"hook 10-check".to_owned()));
+        assert_eq!(sh(&vm, "cat /hooked").await, sh(&vm, "cat /etc/machine-id").await);
+        // What it had read before it was saved is another's.
+        assert!(vm.properties().birth.unwrap().renewed.contains(&"boot-id".to_owned()));
+        discard(&vm).await;
+
+        farm.qemu().build_template(&farm.spec(), &warm(hook("exit 3")), true).await.unwrap();
+        let vm = farm.host.create(id("bad"), farm.spec()).await.unwrap();
+        vm.clone_source().await.unwrap();
+        let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
+        assert!(error.message().contains("10-check") && error.message().contains("exit code 3"), "{error:?}");
+        assert_eq!(vm.state(), State::Stopped);
+        discard(&vm).await;
+        // A warm-up that fails is no template, and the one before stays.
+        let error = farm.qemu().build_template(&farm.spec(), &warm("echo why >&2; exit 4".into()), true).await.unwrap_err();
+        assert!(error.details().unwrap().contains("why"), "{error:?}");
+        assert_eq!(farm.qemu().templates().unwrap().len(), 1);
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_damaged_template_is_an_error_and_another_takes_its_place() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, true);
+    runtime().block_on(async {
+        let info = farm.qemu().build_template(&farm.spec(), &[], false).await.unwrap();
+        let state = farm.dir.path().join("templates").join(&info.key).join("state");
+        fs::remove_file(&state).unwrap();
+        fs::write(&state, "not a saved execution").unwrap();
+        let vm = farm.host.create(id("web"), farm.spec()).await.unwrap();
+        vm.clone_source().await.unwrap();
+        let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
+        assert!(error.next_step().unwrap().contains(&info.key), "{error:?}");
+        // Nothing of it ran: it is as fresh as before.
+        farm.qemu().remove_template(&info.key).await.unwrap();
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        assert_eq!(vm.properties().birth.unwrap().how, Origin::Fork);
+        // One of which a file is missing is none.
+        fs::remove_file(&state).unwrap();
+        assert!(farm.qemu().template_for(&farm.spec()).unwrap().is_none());
+        let again = farm.running("again").await;
+        assert_eq!(sh(&again, "echo well").await, "well");
+        for vm in [&vm, &again] {
+            discard(vm).await;
+        }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
