@@ -241,7 +241,8 @@ fn a_fork_that_cannot_be_made_its_own_is_not_handed_out() {
         assert_eq!(vm.state(), State::Stopped);
         discard(&vm).await;
         // A warm-up that fails is no template, and the one before stays.
-        let error = farm.qemu().build_template(&farm.spec(), &warm("echo why >&2; exit 4".into()), true).await.unwrap_err();
+        let error =
+            farm.qemu().build_template(&farm.spec(), &warm("echo why >&2; exit 4".into()), true).await.unwrap_err();
         assert!(error.details().unwrap().contains("why"), "{error:?}");
         assert_eq!(farm.qemu().templates().unwrap().len(), 1);
         assert_eq!(farm.left(), [""; 0]);

@@ -1,0 +1,117 @@
+//! `vmkit template`, and what it does to machines.
+
+mod common;
+
+use std::fs;
+use std::process::Command;
+
+use common::{State, text};
+
+/// The images of all tests, and templates of this test alone.
+fn own_templates() -> Option<State> {
+    let state = State::new()?;
+    let images = state.path().join("images");
+    let shared = fs::canonicalize(&images).unwrap();
+    fs::remove_file(&images).unwrap();
+    fs::create_dir(&images).unwrap();
+    for entry in fs::read_dir(&shared).unwrap().flatten().filter(|entry| entry.file_name() != "templates") {
+        let copied = Command::new("cp").args(["-al"]).arg(entry.path()).arg(&images).status().unwrap();
+        assert!(copied.success());
+    }
+    Some(state)
+}
+
+fn templates(state: &State) -> Vec<serde_json::Value> {
+    serde_json::from_str(&state.ok(&["template", "ls", "--json"])).unwrap()
+}
+
+fn birth(state: &State, name: &str) -> serde_json::Value {
+    let inspected: serde_json::Value = serde_json::from_str(&state.ok(&["inspect", name, "--json"])).unwrap();
+    inspected["properties"]["birth"].clone()
+}
+
+#[test]
+fn a_template_is_made_on_first_use_and_listed() {
+    let Some(state) = own_templates() else { return };
+    assert_eq!(templates(&state).len(), 0);
+    // Where none is wanted, none is made.
+    state.ok(&["--no-template", "run", "--keep", "--name", "booted", "--", "true"]);
+    assert_eq!((templates(&state).len(), birth(&state, "booted")["how"].as_str()), (0, Some("boot")));
+    state.ok(&["run", "--keep", "--name", "forked", "--", "true"]);
+    let made = templates(&state);
+    let key = made[0]["key"].as_str().unwrap();
+    assert_eq!((made.len(), made[0]["image"].as_str(), made[0]["cpus"].as_u64()), (1, Some("base"), Some(1)));
+    let born = birth(&state, "forked");
+    assert_eq!((born["how"].as_str(), born["template"].as_str()), (Some("fork"), Some(key)));
+    assert_eq!(born["unused"], true);
+    assert!(state.ok(&["inspect", "forked"]).contains("machine-id"));
+    assert!(state.ok(&["template", "ls"]).contains(key));
+    assert!(state.ok(&["ls"]).contains("UNIQUE"));
+    // Memory that is its own from the start is a file, and suspending it writes no more than the devices.
+    state.ok(&["clone", "--own-memory", "own"]);
+    state.ok(&["start", "own"]);
+    assert!(state.path().join("vms/own/memory").exists() && !state.path().join("vms/forked/memory").exists());
+    for name in ["own", "forked"] {
+        state.ok(&["suspend", name]);
+    }
+    assert!(state.path().join("vms/own/state").exists() && state.path().join("vms/forked/state.full").exists());
+    for name in ["own", "forked"] {
+        state.ok(&["start", name]);
+        assert_eq!(state.ok(&["exec", name, "--", "hostname"]), format!("{name}\n"));
+    }
+    assert_eq!(state.ok(&["template", "rm", "--all"]), format!("{key}\n"));
+    assert_eq!(templates(&state).len(), 0);
+    assert_eq!(state.fails(3, &["template", "rm", key])["code"], "not-found");
+    assert_eq!(state.fails(3, &["template", "rm", "../vms"])["code"], "not-found");
+    // What was forked stays.
+    assert_eq!(state.ok(&["exec", "forked", "--", "echo", "well"]), "well\n");
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
+fn a_warm_up_is_in_every_fork_and_an_image_takes_its_templates_with_it() {
+    let Some(state) = own_templates() else { return };
+    let key = state.ok(&["template", "build", "--memory", "192M", "--warm", "echo warm > /dev/shm/w"]);
+    assert_eq!(state.ok(&["run", "--memory", "192M", "--", "cat", "/dev/shm/w"]), "warm\n");
+    assert_eq!(templates(&state)[0]["warm"][2], "echo warm > /dev/shm/w");
+    // One that fails says what it said, and leaves the one before.
+    let error = state.fails(1, &["template", "build", "--memory", "192M", "--warm", "echo reason >&2; exit 9"]);
+    assert!(error["details"].as_str().unwrap().contains("reason"), "{error}");
+    assert_eq!(state.ok(&["run", "--memory", "192M", "--", "cat", "/dev/shm/w"]), "warm\n");
+    // Made again without it, by the same name.
+    assert_eq!(state.ok(&["template", "build", "--memory", "192M"]), key);
+    assert_eq!(state.vmkit(&["run", "--memory", "192M", "--", "cat", "/dev/shm/w"]).status.code(), Some(1));
+    assert_eq!(state.fails(3, &["template", "build", "nothing"])["code"], "not-found");
+    assert_eq!(state.fails(2, &["template", "build", "--memory", "1M"])["code"], "invalid-argument");
+    state.ok(&["image", "rm", "base"]);
+    assert_eq!(templates(&state).len(), 0, "templates of an image that is gone");
+    state.is_clean();
+}
+
+#[test]
+fn whoever_makes_a_template_may_die() {
+    let Some(state) = own_templates() else { return };
+    for pause in [0, 500, 1500] {
+        let mut maker = state.command(&["run", "--", "true"]).spawn().unwrap();
+        common::eventually(|| maker.try_wait().unwrap().is_some() || !makers(&state).is_empty());
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        maker.kill().unwrap();
+        maker.wait().unwrap();
+        // The next one makes it, and nothing of the dead one's is left.
+        let output = state.vmkit(&["run", "--", "echo", "well"]);
+        assert_eq!(text(&output.stdout), "well\n", "{}", text(&output.stderr));
+        assert_eq!(makers(&state), [0; 0]);
+        assert_eq!(templates(&state).len(), 1);
+        state.ok(&["template", "rm", "--all"]);
+        state.is_clean();
+    }
+}
+
+/// Every QEMU that is to become a template.
+fn makers(state: &State) -> Vec<u32> {
+    let home = fs::canonicalize(state.path()).unwrap().join("images/templates");
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&home))).collect()
+}
