@@ -29,6 +29,9 @@ pub struct Args {
     /// Measure bare QEMU alone
     #[arg(long, global = true)]
     pub floor_only: bool,
+    /// Draw the figures that somebody waits for, as SVG
+    #[arg(long, global = true, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
     /// End with 1 when a ratio is over its target
     #[arg(long, global = true)]
     pub check: bool,

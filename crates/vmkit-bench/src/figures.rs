@@ -189,7 +189,7 @@ mod tests {
     fn what_is_wanted_brings_what_it_is_held_against() {
         let wanted = Wanted::new(vec!["run_process".into()], true);
         assert!(wanted.ours(&["states_ms", "run_process"]) && !wanted.ours(&["cold_boot"]));
-        assert!(wanted.floor(&["qmp_ready", "cold_boot"]) && !wanted.floor(&["suspend"]));
+        assert!(wanted.floor(&["resume_paused", "fork_process"]) && !wanted.floor(&["suspend"]));
         let all = Wanted::new(Vec::new(), true);
         assert!(all.ours(&["clone"]) && all.floor(&["forks_per_s"]));
         let floor = Wanted::new(Vec::new(), false);

@@ -21,19 +21,23 @@ mod figures;
 mod floor;
 mod forks;
 mod ours;
+mod plot;
 mod report;
 mod samples;
 mod session;
 mod stop;
 
 use std::error::Error as _;
+use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use vmkit::ErrorKind;
 
 use args::{Args, Command};
-use error::{Error, Result};
+use error::{Error, Result as BenchResult};
 use figures::Wanted;
 use session::Plan;
 use stop::Stop;
@@ -53,7 +57,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn carry_out(args: Args) -> Result<ExitCode> {
+fn carry_out(args: Args) -> BenchResult<ExitCode> {
     let stop = Stop::listen().map_err(|error| vmkit::Error::io("signals cannot be listened to", error))?;
     let floor_only = args.floor_only || args.command == Some(Command::Floor);
     let plan = Plan {
@@ -62,7 +66,15 @@ fn carry_out(args: Args) -> Result<ExitCode> {
         accelerator: args.accel,
         state_dir: args.state_dir,
     };
+    // Before the work: nobody waits minutes for what cannot be written.
+    let svg = args.svg.as_ref().map(|path| Ok::<_, vmkit::Error>((path, open(path)?))).transpose()?;
     let report = session::measure(&plan, &stop)?;
+    if let Some((path, mut file)) = svg {
+        let title = format!("What vmkit takes beside bare QEMU ({}), medians", plan.accelerator_name());
+        let drawing = plot::draw(&report.bars(), &title).map_err(|why| vmkit::Error::new(ErrorKind::Io, why))?;
+        let written = file.set_len(0).and_then(|()| file.write_all(drawing.as_bytes()));
+        written.map_err(|error| unwritable(path, error))?;
+    }
     let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
     // A reader that went away, as `head` does, is no failure.
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -72,6 +84,14 @@ fn carry_out(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn open(path: &Path) -> Result<File, vmkit::Error> {
+    File::options().write(true).create(true).truncate(false).open(path).map_err(|error| unwritable(path, error))
+}
+
+fn unwritable(path: &Path, error: std::io::Error) -> vmkit::Error {
+    vmkit::Error::io(format!("{} cannot be written", path.display()), error).hint("choose another file with --svg")
 }
 
 fn print_error(error: &Error) {

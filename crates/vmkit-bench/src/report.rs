@@ -15,6 +15,17 @@ pub struct Report {
     pub ours: Samples,
 }
 
+/// A figure of ours and what it is held against, milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bar {
+    /// Its name.
+    pub name: &'static str,
+    /// Ours.
+    pub ours: f64,
+    /// Bare QEMU's.
+    pub floor: f64,
+}
+
 impl Report {
     /// A figure of the floor's, measured or computed from those that were.
     fn floor(&self, name: &str) -> Option<f64> {
@@ -49,6 +60,20 @@ impl Report {
             !matches!(figure.target, Some(Target::Milliseconds(_))) && self.reached(figure) == Some(false)
         };
         OURS.iter().filter(over).map(|figure| figure.name).collect()
+    }
+
+    /// What both have in milliseconds and somebody waits for, in the order in which it is shown.
+    pub fn bars(&self) -> Vec<Bar> {
+        let waits = |figure: &&Figure| {
+            matches!(figure.target, Some(Target::Ratio(_)))
+                && figure.name != "unique_mib"
+                && !figure.name.starts_with("burst")
+        };
+        let bar = |figure: &Figure| {
+            let (ours, floor) = (self.ours.median(figure.name)?, self.floor(figure.floor?)?);
+            Some(Bar { name: figure.name, ours, floor })
+        };
+        OURS.iter().filter(waits).filter_map(bar).collect()
     }
 
     /// `{"floor": {…}, "ours": {…}, "ratio": {…}}`, each by the figure's name: medians, milliseconds unless the name says
@@ -162,7 +187,7 @@ mod tests {
     fn the_table_is_aligned() {
         let text = report().text();
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 7, "{text}");
+        assert_eq!(lines.len(), 8, "{text}");
         let words = |line: usize| lines[line].split_whitespace().take(7).collect::<Vec<_>>().join(" ");
         assert!(words(0).starts_with("FIGURE OURS FLOOR RATIO TARGET WHAT"), "{text}");
         assert!(words(1).starts_with("cold_boot 2400 2000 1.20 ≤ 1.25× ok"), "{text}");
@@ -171,6 +196,7 @@ mod tests {
         assert!(words(4).starts_with("churn_per_s 8.00 10.0 0.80 ≥ 0.85× over"), "{text}");
         assert!(words(5).starts_with("states_ms 12.0 ≤ 10 ms over"), "{text}");
         assert!(words(6).starts_with("fork_total 50.0 start"), "{text}");
+        assert!(words(7).starts_with("forks_per_s 10.0"), "{text}");
         let column = |line: usize, text: &str| {
             lines[line].chars().count() - lines[line].split(text).last().unwrap().chars().count()
         };

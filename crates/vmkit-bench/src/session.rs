@@ -38,6 +38,17 @@ pub struct Plan {
     pub state_dir: Option<PathBuf>,
 }
 
+impl Plan {
+    /// How guests execute, in a word.
+    pub fn accelerator_name(&self) -> &'static str {
+        match self.accelerator {
+            Accelerator::Tcg => "TCG",
+            Accelerator::Kvm => "KVM",
+            Accelerator::Auto => "auto",
+        }
+    }
+}
+
 /// What is measured, and what it needs. The order is that in which it ends: processes before the directory they are in.
 struct Session {
     floor: Floor,

@@ -1,7 +1,10 @@
 //! `vmkit image`.
 
+use std::io::Read;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use vmkit::{Error, ErrorKind};
 use vmkit_image::{KernelSource, Recipe, RootSource};
 
 use crate::args::{Args, BuildArgs, ImageCommand};
@@ -55,6 +58,7 @@ async fn make(context: &Context, build: &BuildArgs) -> Result<u8, Failure> {
         recipe = recipe.size(size);
     }
     if let Some(kernel) = &build.kernel {
+        check_kernel(kernel)?;
         recipe = recipe.kernel(KernelSource::Files { kernel: kernel.clone(), modules: build.modules.clone() });
     }
     let (store, name) = (context.images()?, build.name.clone());
@@ -66,6 +70,22 @@ async fn make(context: &Context, build: &BuildArgs) -> Result<u8, Failure> {
         .await?;
     context.output.result(&info, || format!("{} {}\n", info.name, info.digest))?;
     Ok(0)
+}
+
+/// A file that is no kernel makes an image of which no machine boots. What cannot be read is said when it is copied.
+fn check_kernel(path: &Path) -> vmkit::Result<()> {
+    // The magic number of the boot protocol, and where it is.
+    let (at, magic): (usize, &[u8]) = match std::env::consts::ARCH {
+        "x86_64" => (0x202, b"HdrS"),
+        _ => (0x38, b"ARM\x64"),
+    };
+    let mut start = Vec::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(1024).read_to_end(&mut start));
+    match read.is_err() || start.get(at..at + magic.len()) == Some(magic) {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::InvalidArgument, format!("{} is no kernel", path.display()))
+            .hint("give the compressed kernel that a boot loader would start: vmlinuz, bzImage or Image")),
+    }
 }
 
 /// Each gets its turn; the first failure counts.

@@ -388,3 +388,17 @@ fn a_full_disk() {
     assert!(fs::read_dir(small.join("vms/.staging")).unwrap().next().is_none());
     assert!(Command::new("umount").arg(&small).status().unwrap().success());
 }
+
+#[test]
+fn a_kernel_that_is_none() {
+    let state = State::empty();
+    let root = state.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let args = ["image", "build", "mine", "--rootfs", root.to_str().unwrap(), "--kernel", "/etc/passwd"];
+    let error = state.fails(2, &args);
+    assert_eq!(
+        (error["code"].as_str(), error["message"].as_str()),
+        (Some("invalid-argument"), Some("/etc/passwd is no kernel"))
+    );
+    assert!(fs::read_dir(state.path().join("images/names")).is_ok_and(|mut names| names.next().is_none()));
+}
