@@ -222,7 +222,9 @@ impl Qemu {
     pub async fn discard_saved(&self, id: &Id) -> Result<bool> {
         let dir = self.layout.machine(id);
         if !layout::is_ours(&dir) {
-            return Err(Error::new(ErrorKind::NotFound, "there is no such machine").on(id.as_str()));
+            return Err(Error::new(ErrorKind::NotFound, "there is no such machine")
+                .on(id.as_str())
+                .hint("`vmkit ls` lists the machines there are"));
         }
         let taken = Lock::take(&self.layout.lock(id), Action::Stop).await?;
         if let Some(left) = taken.left {
