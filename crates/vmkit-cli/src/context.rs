@@ -57,6 +57,11 @@ impl Context {
         self.host.provider()
     }
 
+    /// Whether fresh machines are forks of templates.
+    pub fn forks(&self) -> bool {
+        self.templates
+    }
+
     /// The image store.
     pub fn images(&self) -> Result<Store> {
         Store::open(self.dir.join("images")).map_err(unusable)

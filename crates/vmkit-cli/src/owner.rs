@@ -81,7 +81,7 @@ impl Owner {
     }
 }
 
-/// Deletes the machines of `run`s that died.
+/// Deletes the machines of `run`s that died, and of those that were to become templates.
 pub async fn sweep(context: &Context) {
     let Ok(entries) = fs::read_dir(context.dir.join("run")) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
@@ -99,6 +99,11 @@ pub async fn sweep(context: &Context) {
                 context.output.warn(format!("a machine that an earlier run left could not be deleted: {error}"));
             }
         }
+    }
+    if context.forks()
+        && let Err(error) = context.qemu().sweep_templates().await
+    {
+        context.output.warn(format!("what is left of a template that was not finished could not be removed: {error}"));
     }
 }
 

@@ -96,8 +96,14 @@ fn whoever_makes_a_template_may_die() {
         let mut maker = state.command(&["run", "--", "true"]).spawn().unwrap();
         common::eventually(|| maker.try_wait().unwrap().is_some() || !makers(&state).is_empty());
         std::thread::sleep(std::time::Duration::from_millis(pause));
-        maker.kill().unwrap();
+        match pause {
+            500 => common::signalled(maker.id(), "-INT"),
+            _ => maker.kill().unwrap(),
+        }
         maker.wait().unwrap();
+        // Whatever comes next removes what is left, and its process.
+        state.ok(&["ls"]);
+        assert_eq!(makers(&state), [0; 0]);
         // The next one makes it, and nothing of the dead one's is left.
         let output = state.vmkit(&["run", "--", "echo", "well"]);
         assert_eq!(text(&output.stdout), "well\n", "{}", text(&output.stderr));

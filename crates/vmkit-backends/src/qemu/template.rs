@@ -201,12 +201,7 @@ impl Templates {
         };
         let work = Qemu::new(config)?.for_templates();
         let host = Host::new(work.clone());
-        let remove = async || match host.adopt(key).await {
-            Ok(left) => cleanup(&left, Duration::ZERO, CLEANUP).await,
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        };
-        remove().await?;
+        remove(&host, key).await?;
         let plain =
             Spec { own_memory: true, labels: Default::default(), timeouts: Timeouts::default(), ..(*spec).clone() };
         let vm = host.create(key.clone(), plain).await?;
@@ -232,7 +227,7 @@ impl Templates {
         };
         let made = made.await;
         drop(vm);
-        if let Err(error) = remove().await {
+        if let Err(error) = remove(&host, key).await {
             warn!(%key, %error, "what a template was made of is not removed yet");
         }
         made?;
@@ -317,6 +312,23 @@ impl Templates {
         removed
     }
 
+    /// Removes what makers that died left, their machines' processes first. One that makes a template now is left alone.
+    pub async fn sweep(&self) -> Result<()> {
+        // Mostly there is nothing, and that is known by one look.
+        if !self.dir.join(".work").is_dir() {
+            return Ok(());
+        }
+        let work = Qemu::new(QemuConfig::new(self.dir.join(".work")))?;
+        for key in work.layout.machines()? {
+            if let Some(taken) = Lock::try_take(&self.dir.join(".locks").join(key.as_str()), Action::Delete)? {
+                let removed = remove(&Host::new(work.clone()), &key).await;
+                taken.lock.release(true);
+                removed?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes those of images that are not there any more. Returns how many.
     pub async fn prune(&self, is_there: impl Fn(&str) -> bool) -> Result<usize> {
         let mut removed = 0;
@@ -387,12 +399,29 @@ impl Qemu {
         self.kept()?.remove(key).await
     }
 
+    /// Removes what processes left that died while they made a template.
+    ///
+    /// # Errors
+    /// When it cannot be removed; as [`templates`](Qemu::templates).
+    pub async fn sweep_templates(&self) -> Result<()> {
+        self.kept()?.sweep().await
+    }
+
     /// Removes the templates of images of which `is_there` is false, by digest, and returns how many.
     ///
     /// # Errors
     /// As [`templates`](Qemu::templates).
     pub async fn prune_templates(&self, is_there: impl Fn(&str) -> bool) -> Result<usize> {
         self.kept()?.prune(is_there).await
+    }
+}
+
+/// Removes what there is of a machine that was to become a template.
+async fn remove(host: &Host<Qemu>, key: &Id) -> Result<()> {
+    match host.adopt(key).await {
+        Ok(left) => cleanup(&left, Duration::ZERO, CLEANUP).await,
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
