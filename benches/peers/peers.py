@@ -3,21 +3,21 @@
 
     peers.py [--vmkit PROGRAM] [--runs N] [--memory MIB] [--json] [PEER...]
 
-Peers: vmkit, libvirt (virsh), script (a program around bare QEMU: cold boot, whole memory saved and restored).
+Peers: vmkit, script (a program around bare QEMU: cold boot, whole memory saved and restored).
 The work: a fresh machine until it has executed a process; saving it to disk with its memory; bringing it back until it
 has executed a process; throwing it away. Medians, in milliseconds. Peers take turns in each round.
 
-The guest of libvirt and of the script is a busybox shell on a virtio-serial port, with vmkit's kernel for base: less than
-vmkit's own guest, which mounts a disk and has an agent. Everything is emulated (TCG), everywhere.
+The script's guest is a busybox shell on a virtio-serial port, with vmkit's kernel for base: less than vmkit's own guest, which
+mounts a disk and has an agent. Everything is emulated (TCG), everywhere.
 
-Needs: vmkit with its base image (`vmkit run -- true` makes it), busybox (static), cpio, gzip; for libvirt the packages
-libvirt-daemon-system and libvirt-clients, and root: libvirtd is started by this program, in a directory of its own, and ended.
+Needs: vmkit with its base image (`vmkit run -- true` makes it), busybox (static), cpio, gzip.
 """
 import argparse
 import glob
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 
-MODULES = ["virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_console"]
+MODULES = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_console"]
 INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
@@ -56,8 +56,8 @@ def guest(work, state):
         os.makedirs(f"{root}/{part}")
     shutil.copy(busybox, f"{root}/bin/busybox")
     there = [m for m in MODULES if os.path.exists(f"{os.path.dirname(kernels[-1])}/{m}.ko")]
-    # The order of dependencies is that of the list, with the rings before what is built on them.
-    order = sorted(there, key=lambda m: {"virtio": 0, "virtio_ring": 1}.get(m, 2 + MODULES.index(m)))
+    # Each after what it depends on.
+    order = [m for m in MODULES if m in there]
     for module in order:
         shutil.copy(f"{os.path.dirname(kernels[-1])}/{module}.ko", f"{root}/mod/")
     with open(f"{root}/init", "w") as init:
@@ -216,73 +216,7 @@ class Script:
         pass
 
 
-class Libvirt:
-    def __init__(self, o):
-        self.o, self.n, self.daemons = o, 0, []
-        if os.geteuid() != 0:
-            raise Missing("libvirtd is started by hand, which takes root")
-        programs = {name: shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") for name in ("libvirtd", "virtlogd", "virsh")}
-        if not all(programs.values()):
-            raise Missing("not installed: apt-get install libvirt-daemon-system libvirt-clients")
-        self.virsh_program = programs["virsh"]
-        if os.path.exists("/run/libvirt/libvirt-sock"):
-            raise Missing("a libvirtd runs here already; its machines are not to be touched")
-        conf = f"{o.work}/libvirtd.conf"
-        with open(conf, "w") as file:
-            file.write('auth_unix_rw = "none"\nunix_sock_rw_perms = "0700"\n')
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.daemons = [subprocess.Popen([programs["virtlogd"]], **quiet), subprocess.Popen([programs["libvirtd"], "-f", conf], **quiet)]
-        end = time.monotonic() + 30
-        while subprocess.run([self.virsh_program, "-c", "qemu:///system", "list"], capture_output=True).returncode != 0:
-            if time.monotonic() > end:
-                self.close()
-                raise Missing("libvirtd does not come up")
-            time.sleep(0.05)
-
-    def virsh(self, *command):
-        return run(self.virsh_program, "-q", "-c", "qemu:///system", *command)
-
-    def round(self, add):
-        self.n += 1
-        name, dir = f"peer-{os.getpid()}-{self.n}", f"{self.o.work}/libvirt-{self.n}"
-        os.makedirs(dir)
-        os.chmod(dir, 0o777)
-        port, saved, xml = f"{dir}/port", f"{dir}/saved", f"{dir}/domain.xml"
-        with open(xml, "w") as file:
-            file.write(f"""<domain type='qemu'><name>{name}</name><memory unit='MiB'>{self.o.memory}</memory><vcpu>1</vcpu>
-<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{self.o.kernel}</kernel><initrd>{self.o.initrd}</initrd><cmdline>{CMDLINE}</cmdline></os>
-<cpu mode='maximum'/><on_reboot>destroy</on_reboot><seclabel type='none'/>
-<devices><emulator>{shutil.which("qemu-system-x86_64")}</emulator><memballoon model='none'/><controller type='usb' model='none'/>
-<channel type='unix'><source mode='bind' path='{port}'/><target type='virtio' name='peer.0'/></channel></devices></domain>""")
-        start = time.perf_counter()
-        self.virsh("define", xml)
-        try:
-            self.virsh("start", name)
-            line = connect(port)
-            ask(line)
-            add("start", start)
-            start = time.perf_counter()
-            self.virsh("save", name, saved)
-            add("save", start)
-            line.close()
-            start = time.perf_counter()
-            self.virsh("restore", saved)
-            ask(connect(port))
-            add("restore", start)
-            start = time.perf_counter()
-            self.virsh("destroy", name)
-        finally:
-            subprocess.run([self.virsh_program, "-q", "-c", "qemu:///system", "destroy", name], capture_output=True)
-            self.virsh("undefine", name)
-        add("delete", start)
-
-    def close(self):
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            daemon.wait()
-
-
-PEERS = {"vmkit": Vmkit, "libvirt": Libvirt, "script": Script}
+PEERS = {"vmkit": Vmkit, "script": Script}
 FIGURES = ["start", "save_first", "save", "restore_first", "restore", "delete"]
 
 
@@ -298,6 +232,8 @@ def main():
         parser.error(f"unknown peers: {', '.join(unknown)}; there are {', '.join(PEERS)}")
     state = os.environ.get("VMKIT_STATE_DIR") or os.path.join(
         os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "vmkit")
+    # So that what was started is ended then too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("peers: asked to end"))
     o.started, o.work = [], tempfile.mkdtemp(prefix="peers-")
     figures, missing, peers = {}, {}, {}
     try:
