@@ -46,16 +46,18 @@ pub(crate) fn args(
         _ => add(&["-accel", "tcg,thread=multi", "-cpu", "max"]),
     }
     add(&["-smp", &spec.cpus.to_string(), "-m", &spec.memory_mib.to_string()]);
+    let size = spec.memory_mib << 20;
     let memory = match begin {
         // Nobody writes to a template, whatever goes wrong.
-        Begin::Fork(file) => json!({"mem-path": file, "share": false, "readonly": true, "rom": "off"}),
-        Begin::Boot | Begin::Resume => json!({"mem-path": MEMORY, "share": true}),
+        Begin::Fork(file) => json!({
+            "qom-type": "memory-backend-file", "id": "m0", "size": size,
+            "mem-path": file, "share": false, "readonly": true, "rom": "off",
+        }),
+        Begin::Boot | Begin::Resume => json!({
+            "qom-type": "memory-backend-file", "id": "m0", "size": size, "mem-path": MEMORY, "share": true,
+        }),
     };
-    let mut backend = json!({"qom-type": "memory-backend-file", "id": "m0", "size": spec.memory_mib << 20});
-    if let (Some(backend), Some(memory)) = (backend.as_object_mut(), memory.as_object()) {
-        backend.extend(memory.clone());
-    }
-    add(&["-object", &backend.to_string()]);
+    add(&["-object", &memory.to_string()]);
     for name in [QMP, QMP_PROBE] {
         add(&["-qmp", &format!("unix:{name},server=on,wait=off")]);
     }

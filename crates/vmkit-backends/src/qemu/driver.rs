@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -29,8 +29,8 @@ use super::lock::Lock;
 use super::probe::{QemuProbe, now};
 use super::qcow2::{self, Base};
 use super::qmp::{Memory, Qmp};
-use super::template::{self, Shape, Template, Templates};
-use super::{Accelerator, Qemu, QemuConfig, console, recover};
+use super::template::{Shape, Template, Templates};
+use super::{Accelerator, Qemu, QemuConfig, console, exit, image, recover};
 use crate::process::{Held, Identity};
 
 /// How much of a log goes into an error, bytes.
@@ -39,8 +39,6 @@ const TAIL: u64 = 2048;
 const AGENT_ANSWERS: Duration = Duration::from_secs(10);
 /// How long a QEMU whose sockets have closed may take to be gone.
 const ENDS: Duration = Duration::from_secs(2);
-/// How long a control session may take to begin before it is begun again.
-const GREETS: Duration = Duration::from_secs(5);
 /// What is left of a start's time when the start gives up by itself, to say why.
 const MARGIN: Duration = Duration::from_millis(500);
 
@@ -106,7 +104,7 @@ impl QemuDriver {
     }
 
     pub(super) fn image(&self) -> Result<&BootImage> {
-        template::image(&self.spec)
+        image::of(&self.spec)
     }
 
     pub(super) fn file(&self, name: &str) -> PathBuf {
@@ -127,7 +125,7 @@ impl QemuDriver {
     /// Starts QEMU. From here on `kill` finds it, whatever happens.
     pub(super) fn spawn(&mut self, begin: Begin<'_>, accelerator: &str, program: &Path) -> Result<()> {
         let image = self.image()?.clone();
-        check_files(&image)?;
+        image::check(&image)?;
         let output = File::create(self.file(OUTPUT))
             .map_err(|error| Error::io(format!("{} cannot be written", self.file(OUTPUT).display()), error))?;
         let errors = output.try_clone().map_err(|error| Error::io("a descriptor cannot be copied", error))?;
@@ -176,7 +174,7 @@ impl QemuDriver {
         let mut outcome = tokio::select! {
             biased;
             ready = ready => ready,
-            exit = self.gone() => Err(exit_error(&exit)),
+            exit = self.gone() => Err(exit::error(&exit)),
             () = console::panicked(&dir, from) => Err(Error::new(ErrorKind::Exited, "the guest's kernel panicked")),
             () = sleep(limit) => Err(Error::new(
                 ErrorKind::TimedOut,
@@ -188,7 +186,7 @@ impl QemuDriver {
         if matches!(&outcome, Err(error) if matches!(error.kind(), ErrorKind::Agent | ErrorKind::Backend))
             && let Ok(exit) = timeout(ENDS, self.gone()).await
         {
-            outcome = Err(exit_error(&exit));
+            outcome = Err(exit::error(&exit));
         }
         outcome.map_err(|error| {
             let details = self.tails();
@@ -219,7 +217,7 @@ impl QemuDriver {
         match &mut self.process {
             Some(Process::Ours { child, .. }) => {
                 let status = child.wait().await.ok();
-                exit_of(status, layout::tail(&self.dir.join(OUTPUT), TAIL))
+                exit::of(status, layout::tail(&self.dir.join(OUTPUT), TAIL))
             }
             Some(Process::Found(held)) => {
                 held.exited().await;
@@ -361,7 +359,7 @@ impl Driver for QemuDriver {
 
     async fn clone_source(&mut self) -> Result<()> {
         let image = self.image()?.clone();
-        check_files(&image)?;
+        image::check(&image)?;
         let (staging, dir) = (self.layout.staging(&self.id), self.dir.clone());
         let foreign = || {
             Error::new(ErrorKind::AlreadyExists, format!("{} exists", dir.display()))
@@ -400,7 +398,7 @@ impl Driver for QemuDriver {
     async fn boot(&mut self, console: ConsoleSinks) -> Result<()> {
         let facts = self.facts().await?;
         let accelerator = facts.accelerator(self.config.accelerator)?;
-        check_files(self.image()?)?;
+        image::check(self.image()?)?;
         for stale in [STATE, STATE_FULL, STATE_PARTIAL, STATE_SPENT, MEMORY] {
             layout::remove(&self.file(stale))?;
         }
@@ -452,7 +450,7 @@ impl Driver for QemuDriver {
         self.follow(from, console);
         let (dir, line) = (self.dir.clone(), self.line.clone());
         let load = async {
-            let mut qmp = connect_qmp(&dir).await?;
+            let mut qmp = Qmp::when_up(&dir).await?;
             // Connected when it was saved, connected when it is loaded: the guest is spared the news of both.
             let wire = line.wire().await?;
             qmp.load(Path::new(state), memory).await?;
@@ -587,46 +585,4 @@ impl Driver for QemuDriver {
     fn suspendable(&self) -> bool {
         true
     }
-}
-
-/// Tries until QEMU listens and answers. Whoever calls it watches whether QEMU lives, and for how long.
-pub(super) async fn connect_qmp(dir: &Path) -> Result<Qmp> {
-    loop {
-        if let Ok(stream) = super::socket::connect(dir, QMP).await {
-            // A session that does not begin says nothing of the next one.
-            match timeout(GREETS, Qmp::negotiate(stream)).await {
-                Ok(Ok(qmp)) => return Ok(qmp),
-                Ok(Err(error)) => debug!(%error, "beginning a control session again"),
-                Err(_) => debug!("a control session did not begin: trying again"),
-            }
-        }
-        sleep(Duration::from_micros(500)).await;
-    }
-}
-
-fn check_files(image: &BootImage) -> Result<()> {
-    for file in [Some(&image.kernel), Some(&image.initramfs), image.disk.as_ref()].into_iter().flatten() {
-        if let Err(error) = File::open(file) {
-            let message = format!("image {} has lost its file {}", image.name, file.display());
-            return Err(Error::new(ErrorKind::Corrupt, message).caused_by(error).hint(format!(
-                "build it again: vmkit image build {}; or, if the state directory was moved, move it back",
-                image.name
-            )));
-        }
-    }
-    Ok(())
-}
-
-fn exit_of(status: Option<ExitStatus>, output: String) -> Exit {
-    use std::os::unix::process::ExitStatusExt;
-    Exit { code: status.and_then(|status| status.code()), signal: status.and_then(|status| status.signal()), output }
-}
-
-fn exit_error(exit: &Exit) -> Error {
-    let how = match (exit.code, exit.signal) {
-        (Some(code), _) => format!("QEMU ended with exit code {code} while the machine was starting"),
-        (_, Some(signal)) => format!("QEMU was killed by signal {signal} while the machine was starting"),
-        (None, None) => "QEMU ended while the machine was starting".into(),
-    };
-    Error::new(ErrorKind::Exited, how)
 }

@@ -11,11 +11,11 @@ use vmkit::{Birth, ConsoleSinks, Error, ErrorKind, Origin, Phase, Result};
 use vmkit_agent::client::Fork;
 
 use super::args::Begin;
-use super::driver::{QemuDriver, connect_qmp};
+use super::driver::QemuDriver;
 use super::layout::{self, DISK, FRESH, LAYER, MEMORY, SERIAL};
 use super::probe::now;
 use super::qcow2::{self, Base};
-use super::qmp::Memory;
+use super::qmp::{Memory, Qmp};
 use super::template::Template;
 
 /// Where a start's time went.
@@ -83,7 +83,7 @@ impl QemuDriver {
         laps.lap("process");
         let (dir, line, state) = (self.dir.clone(), self.line.clone(), template.state());
         let load = async {
-            let mut qmp = connect_qmp(&dir).await?;
+            let mut qmp = Qmp::when_up(&dir).await?;
             let wire = line.wire().await?;
             laps.lap("control");
             qmp.load(&state, Memory::Elsewhere).await?;

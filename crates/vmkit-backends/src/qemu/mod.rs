@@ -17,11 +17,13 @@ mod args;
 mod claim;
 mod console;
 mod driver;
+mod exit;
 mod fork;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 mod host;
+mod image;
 mod layout;
 mod line;
 mod lock;

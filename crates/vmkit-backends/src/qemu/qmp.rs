@@ -11,11 +11,17 @@ use qapi::qmp::{
 };
 use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
+use tracing::debug;
 use vmkit::{Error, ErrorKind, Result};
+
+use super::layout::QMP;
 
 /// How long QEMU may take to answer one command. Its main loop is never busy for long.
 const ANSWERS: Duration = Duration::from_secs(20);
+
+/// How long a control session may take to begin before it is begun again.
+const GREETS: Duration = Duration::from_secs(5);
 
 type Reader = QmpStreamTokio<ReadHalf<UnixStream>>;
 type Writer = QmpStreamTokio<WriteHalf<UnixStream>>;
@@ -56,6 +62,21 @@ impl Qmp {
                 Err(Error::new(ErrorKind::Backend, "QEMU did not accept a control session").caused_by(error))
             }
             Err(_) => Err(late("negotiating")),
+        }
+    }
+
+    /// Tries until QEMU listens and answers. Whoever calls it watches whether QEMU lives, and for how long.
+    pub async fn when_up(dir: &Path) -> Result<Qmp> {
+        loop {
+            if let Ok(stream) = super::socket::connect(dir, QMP).await {
+                // A session that does not begin says nothing of the next one.
+                match timeout(GREETS, Qmp::negotiate(stream)).await {
+                    Ok(Ok(qmp)) => return Ok(qmp),
+                    Ok(Err(error)) => debug!(%error, "beginning a control session again"),
+                    Err(_) => debug!("a control session did not begin: trying again"),
+                }
+            }
+            sleep(Duration::from_micros(500)).await;
         }
     }
 
@@ -152,7 +173,7 @@ impl Qmp {
                 }
                 _ => {}
             }
-            tokio::time::sleep(pause).await;
+            sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(20));
         }
     }

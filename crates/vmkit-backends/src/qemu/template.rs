@@ -24,14 +24,14 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
-use vmkit::{Action, BootImage, ConsoleSinks, Error, ErrorKind, Host, Id, Result, Source, Spec, Timeouts, cleanup};
+use vmkit::{Action, BootImage, ConsoleSinks, Error, ErrorKind, Host, Id, Result, Spec, Timeouts, cleanup};
 
 use super::args::{Begin, args};
 use super::driver::TemplateUse;
 use super::host::HostFacts;
 use super::layout::{self, DISK, MEMORY, SERIAL, STATE};
 use super::lock::Lock;
-use super::{Accelerator, Qemu, QemuConfig};
+use super::{Accelerator, Qemu, QemuConfig, image};
 
 const RECORD: &str = "template.json";
 /// Rises when a template that older code made is not what this code would make.
@@ -368,7 +368,7 @@ impl Qemu {
     pub fn template_for(&self, spec: &Spec) -> Result<Option<TemplateInfo>> {
         let facts = self.host_facts()?;
         let accelerator = facts.accelerator(self.config.accelerator)?;
-        let shape = Shape { image: image(spec)?, spec, facts: &facts, accelerator };
+        let shape = Shape { image: image::of(spec)?, spec, facts: &facts, accelerator };
         Ok(self.kept()?.find(&shape)?.map(|template| template.info))
     }
 
@@ -386,7 +386,7 @@ impl Qemu {
         let facts =
             facts.map_err(|error| Error::new(ErrorKind::Backend, "looking for QEMU failed").caused_by(error))??;
         let accelerator = facts.accelerator(self.config.accelerator)?;
-        let shape = Shape { image: image(spec)?, spec, facts: &facts, accelerator };
+        let shape = Shape { image: image::of(spec)?, spec, facts: &facts, accelerator };
         let made = self.kept()?.ensure(shape, self.config.program.as_deref(), warm, again).await?;
         Ok(made.info)
     }
@@ -443,15 +443,4 @@ async fn warm_up(vm: &vmkit::Instance, warm: &[String]) -> Result<()> {
 
 fn unusable(path: &Path, error: std::io::Error) -> Error {
     Error::io(format!("{} cannot be used", path.display()), error)
-}
-
-/// The image of a spec that QEMU can boot.
-pub(crate) fn image(spec: &Spec) -> Result<&BootImage> {
-    match &spec.source {
-        Source::Boot(image) => Ok(image),
-        Source::Alias(name) => {
-            Err(Error::new(ErrorKind::InvalidArgument, format!("QEMU cannot boot the name {name:?}"))
-                .hint("give the files of an image: Source::Boot"))
-        }
-    }
 }
