@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 use vmkit::conformance::Rig;
-use vmkit::pool::{Pool, Staging};
+use vmkit::pool::{Lease, Pool, Staging};
 use vmkit::{ErrorKind, State};
 
 use common::{QemuRig, base, pids_where, runtime};
@@ -37,15 +37,17 @@ impl Dice {
     }
 }
 
-/// Kills a QEMU of these machines, whichever; whether there was one.
-fn kill_one(rig: &QemuRig, dice: &mut Dice) -> bool {
+/// Kills a QEMU of these machines, whichever; the name of its machine, if there was one.
+fn kill_one(rig: &QemuRig, dice: &mut Dice) -> Option<String> {
     let pids = pids_where(|cwd| cwd.starts_with(rig.dir()));
     if pids.is_empty() {
-        return false;
+        return None;
     }
     let pid = pids[dice.roll(pids.len() as u64) as usize];
+    let cwd = fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
     // It may have ended by itself meanwhile.
-    std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success()
+    let done = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success();
+    done.then(|| cwd.file_name().unwrap().to_string_lossy().into_owned())
 }
 
 /// What is left of machines in the file system.
@@ -58,6 +60,15 @@ fn left(rig: &QemuRig) -> Vec<String> {
     machines.chain([".staging", ".trash", ".locks"].into_iter().flat_map(list)).collect()
 }
 
+/// Waits until this machine is known to have ended, sees that it says so, and deletes it.
+async fn delete_ended(lease: Lease) {
+    let mut states = lease.subscribe();
+    while states.next().await.unwrap().state == State::Running {}
+    let error = lease.command("/bin/busybox").arg("true").output().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotRunning, "{error:?}");
+    lease.delete().await.unwrap();
+}
+
 fn survives(staging: Staging) {
     let Some(image) = base() else { return };
     let rig = QemuRig::forking(image);
@@ -67,13 +78,14 @@ fn survives(staging: Staging) {
         let pool = Pool::builder(rig.host(), rig.spec()).name("real").size(SIZE).staging(staging).build().unwrap();
         pool.start().await.unwrap();
         for cycle in 0..CYCLES {
-            let (kill, after) = (dice.roll(2) == 0, Duration::from_millis(dice.roll(200)));
+            // Half of them at once: before a machine can have answered.
+            let (kill, after) = (dice.roll(2) == 0, Duration::from_millis(dice.roll(2) * dice.roll(200)));
             // Of a machine that is ready, that is being made, or that is being deleted.
             if kill && staging != Staging::Stopped {
-                killed += u64::from(kill_one(&rig, &mut dice));
+                killed += u64::from(kill_one(&rig, &mut dice).is_some());
             }
             let mut acquiring = Box::pin(async { pool.acquire().timeout(PATIENCE).await });
-            let mut early = None;
+            let (mut early, mut victim) = (None, None);
             if kill && staging == Staging::Stopped {
                 // None runs before it is wanted: of one that boots, then.
                 let killing = async {
@@ -85,7 +97,7 @@ fn survives(staging: Staging) {
                 };
                 tokio::select! {
                     lease = &mut acquiring => early = Some(lease),
-                    done = killing => killed += u64::from(done),
+                    done = killing => victim = done,
                 }
             }
             let lease = match early {
@@ -94,6 +106,15 @@ fn survives(staging: Staging) {
             };
             assert!(!used.contains(lease.id()), "{} is handed out a second time", lease.id());
             used.push(lease.id().clone());
+            if let Some(victim) = victim {
+                // Killed between its answer and this line: nobody could know it when it was handed out.
+                let late = lease.id().as_str() == victim;
+                killed += u64::from(!late);
+                if late {
+                    delete_ended(lease).await;
+                    continue;
+                }
+            }
             let word = format!("cycle {cycle}");
             let output = lease.command("/bin/busybox").args(["echo", &word]).output().await.unwrap();
             assert_eq!(output.stdout, format!("{word}\n").into_bytes());
@@ -107,11 +128,7 @@ fn survives(staging: Staging) {
                 }
                 _ => {
                     rig.kill_process(lease.id()).await;
-                    let mut states = lease.subscribe();
-                    while states.next().await.unwrap().state == State::Running {}
-                    let error = lease.command("/bin/busybox").arg("true").output().await.unwrap_err();
-                    assert_eq!(error.kind(), ErrorKind::NotRunning, "{error:?}");
-                    lease.delete().await.unwrap();
+                    delete_ended(lease).await;
                 }
             }
             let status = pool.status().await;
