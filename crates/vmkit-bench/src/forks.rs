@@ -7,7 +7,7 @@ use vmkit::pool::{Pool, Staging};
 use vmkit::{ConsoleSinks, Error as VmkitError, Id};
 
 use crate::error::Result;
-use crate::ours::{CLEANUP, FILLS, Ours, PROCESS, REPEATS, remove, run, say};
+use crate::ours::{CLEANUP, FILLS, Ours, PROCESS, REPEATS, WARM, remove, run, say};
 use crate::samples::{Samples, ms};
 
 /// Throw-away machines in a round, how many at a time, and how many the pool keeps ready for them.
@@ -99,7 +99,11 @@ impl Ours {
     /// As [`fork`](Ours::fork).
     pub fn burst(&self, samples: &mut Samples) -> Result<()> {
         let pool = Pool::builder(self.forks.clone(), self.spec.clone()).name("burst").size(BURST);
-        let pool = pool.staging(Staging::Running).ready_command(PROCESS.0.iter().copied()).create_concurrency(2);
+        let pool = pool
+            .staging(Staging::Running)
+            .ready_command(PROCESS.0.iter().copied())
+            .ready_runs(WARM)
+            .create_concurrency(2);
         let pool = pool.build()?;
         let work = async {
             pool.start().await?;

@@ -16,7 +16,7 @@ use crate::stop::Stop;
 /// Short measurements are made this often in each round.
 pub(crate) const REPEATS: usize = 3;
 /// How many answers make a guest warm.
-const WARM: usize = 5;
+pub(crate) const WARM: usize = 5;
 /// The same process as the floor's.
 pub(crate) const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
 /// How often it is looked whether a pool is full.
@@ -222,8 +222,8 @@ impl Ours {
             Staging::Stopped => ("acquire_stopped", 1),
         };
         let pool = Pool::builder(self.forks.clone(), self.spec.clone()).name(name).size(size).staging(staging);
-        // Warm is what has executed a process since its QEMU began.
-        let pool = pool.ready_command(PROCESS.0.iter().copied()).create_concurrency(1).build()?;
+        // As warm as the floor's.
+        let pool = pool.ready_command(PROCESS.0.iter().copied()).ready_runs(WARM).create_concurrency(1).build()?;
         let fill = async {
             pool.start().await?;
             while pool.status().await.counts.ready.sum() < size {

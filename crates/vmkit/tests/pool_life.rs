@@ -538,18 +538,21 @@ async fn limits_may_be_endless() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_ready_command_is_executed_once_after_each_boot() {
-    for staging in [Staging::Running, Staging::Suspended, Staging::Stopped] {
+async fn the_ready_command_is_executed_after_each_boot_as_often_as_is_said() {
+    for (staging, runs) in [Staging::Running, Staging::Suspended, Staging::Stopped].map(|s| [(s, 1), (s, 3)]).concat() {
         let (world, builder) = pool();
+        let builder = if runs == 1 { builder } else { builder.ready_runs(runs) };
         let pool = builder.size(1).staging(staging).ready_command(["counter"]).build().unwrap();
         pool.start().await.unwrap();
         let lease = pool.acquire().timeout(LONG).await.unwrap();
-        // It counts in the guest's memory: once before this.
-        assert_eq!(lease.command("counter").output().await.unwrap().stdout, b"2\n", "{staging:?}");
+        // It counts in the guest's memory: that often before this.
+        let said = String::from_utf8(lease.command("counter").output().await.unwrap().stdout).unwrap();
+        assert_eq!(said, format!("{}\n", runs + 1), "{staging:?}");
         lease.delete().await.unwrap();
         drop(lease);
         close(&pool, &world).await;
     }
+    assert_eq!(pool().1.ready_runs(0).build().unwrap_err().kind(), ErrorKind::InvalidArgument);
 }
 
 #[tokio::test(start_paused = true)]

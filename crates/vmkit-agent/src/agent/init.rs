@@ -54,7 +54,7 @@ pub fn init() -> io::Result<()> {
     }
     // What only makes life easier must not keep a machine from starting.
     let id = super::machine_id::first(Path::new("/")).map_err(|error| says("giving the system a machine id", error));
-    for result in [directories(), loopback(), hostname(init.hostname.as_deref()), id] {
+    for result in [directories(), loopback(), hostname(init.hostname.as_deref()), id, calm()] {
         if let Err(error) = result {
             eprintln!("vmkit-agent: {error}");
         }
@@ -157,6 +157,26 @@ fn empty_initramfs(dir: &Path) {
             let _ = fs::remove_file(&path);
         }
     }
+}
+
+/// Keeps the kernel from waking an idle guest for housekeeping, several times a second: a host may have hundreds of them, and
+/// each wakes a processor and fills its caches. What a kernel does not have is left alone.
+fn calm() -> io::Result<()> {
+    for (name, value) in [
+        // Compacting memory that nobody needs yet; it is still done when somebody does.
+        ("vm/compaction_proactiveness", "0"),
+        // How old the counters in /proc/vmstat may be, seconds.
+        ("vm/stat_interval", "60"),
+        // A processor that stands still is one that the host has no time for.
+        ("kernel/watchdog", "0"),
+    ] {
+        match fs::write(format!("/proc/sys/{name}"), value) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(says(&format!("setting {name}"), error)),
+        }
+    }
+    Ok(())
 }
 
 fn directories() -> io::Result<()> {

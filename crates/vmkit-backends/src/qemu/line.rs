@@ -16,6 +16,7 @@ use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Ex
 
 use super::args::{LINES, line_socket};
 use super::socket;
+use super::turns::{Place, Want};
 
 /// How long a ready guest's agent may take to begin a session, also on a loaded host.
 const BEGINS: Duration = Duration::from_secs(30);
@@ -27,6 +28,7 @@ const LINE_WAITS: Duration = Duration::from_secs(30);
 pub(crate) struct Line {
     dir: PathBuf,
     session: Mutex<Option<Session>>,
+    place: Place,
 }
 
 #[derive(Clone, Debug)]
@@ -38,7 +40,7 @@ struct Session {
 
 impl Line {
     pub fn new(dir: PathBuf) -> Arc<Line> {
-        Arc::new(Line { dir, session: Mutex::new(None) })
+        Arc::new(Line { dir, session: Mutex::new(None), place: Place::new() })
     }
 
     /// The session with the agent of a guest that is up.
@@ -188,7 +190,7 @@ impl GuestOps for Line {
     fn spawn(&self, command: CommandSpec) -> BoxFuture<'_, Result<GuestProcess>> {
         async move {
             let Session { client, port } = self.session().await?;
-            let exec = client.exec(request(command)?).await.map_err(translate)?;
+            let exec = self.place.take(Want::Command, client.exec(request(command)?)).await.map_err(translate)?;
             Ok(GuestProcess {
                 pid: exec.pid,
                 stdin: exec.stdin.map(|stdin| Box::new(stdin) as _),
@@ -204,13 +206,18 @@ impl GuestOps for Line {
         async move {
             let files = binding.files.into_iter().map(|file| (file.path, file.mode, file.content)).collect();
             let request = Bind { hostname: binding.hostname, env: binding.env, files };
-            self.client().await?.bind(request).await.map_err(translate)
+            let client = self.client().await?;
+            self.place.take(Want::Question, client.bind(request)).await.map_err(translate)
         }
         .boxed()
     }
 
     fn ping(&self) -> BoxFuture<'_, Result<()>> {
-        async move { self.client().await?.ping().await.map_err(translate) }.boxed()
+        async move {
+            let client = self.client().await?;
+            self.place.take(Want::Question, client.ping()).await.map_err(translate)
+        }
+        .boxed()
     }
 }
 

@@ -33,6 +33,7 @@ mod qmp;
 mod recover;
 mod socket;
 mod template;
+mod turns;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;

@@ -82,6 +82,8 @@ impl PoolBuilder {
         create_concurrency: usize => create_concurrency = create_concurrency;
         /// Sets the shortest time between the beginnings of two attempts.
         create_interval: Duration => create_interval = create_interval;
+        /// Sets how often the ready command is executed.
+        ready_runs: usize => ready_runs = ready_runs;
         /// Sets how long an acquire waits, unless it says otherwise.
         acquire_timeout: Duration => acquire_timeout = acquire_timeout;
         /// Sets how many callers may wait.

@@ -163,6 +163,9 @@ pub struct PoolConfig {
     /// A program and its arguments, executed in each machine after it has booted; one in which it fails is not ready. What it
     /// loads, a first command need not load. None.
     pub ready_command: Vec<String>,
+    /// How often it is executed. Where guests are translated, what a machine did three times it does as fast as it ever
+    /// will. 1.
+    pub ready_runs: usize,
     /// How long an acquire waits, unless it says otherwise; `start` as well. 5 min.
     #[serde(with = "span")]
     pub acquire_timeout: Duration,
@@ -215,6 +218,7 @@ impl Default for PoolConfig {
             create_concurrency: 4,
             create_interval: Duration::ZERO,
             ready_command: Vec::new(),
+            ready_runs: 1,
             acquire_timeout: 300 * second,
             max_waiting: 4096,
             on_failure: OnFailure::Wait,
@@ -255,6 +259,7 @@ impl PoolConfig {
         let positive = [
             ("allowance", self.allowance),
             ("create_concurrency", self.create_concurrency),
+            ("ready_runs", self.ready_runs),
             ("event_buffer", self.event_buffer),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {

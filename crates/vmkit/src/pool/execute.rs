@@ -8,7 +8,7 @@ use super::message::Message;
 use super::plan::{Limits, Tier, Tiers, plan};
 use super::slots::{Cancel, Phase};
 use super::supervisor::Supervisor;
-use super::tasks::{self, Order};
+use super::tasks::{self, Order, Ready};
 use crate::spec::Id;
 
 impl Supervisor {
@@ -89,7 +89,7 @@ impl Supervisor {
         let order = Order {
             console: self.console(&id),
             spec: self.parts.spec.clone(),
-            ready: self.shared.config.ready_command.clone(),
+            ready: self.ready_work(),
             limit: self.shared.config.create_timeout,
             id,
             tier,
@@ -98,13 +98,18 @@ impl Supervisor {
         self.task(async move { Message::Created(no, Box::new(tasks::create(backend, order, cancelled).await)) });
     }
 
+    fn ready_work(&self) -> Ready {
+        let config = &self.shared.config;
+        Ready { words: config.ready_command.clone(), runs: config.ready_runs }
+    }
+
     fn promote(&mut self, tier: Tier, now: Instant) {
         let Some(no) = self.slots.first_ready(tier) else { return };
         let Some(instance) = self.instance(no) else { return };
         let (cancel, cancelled) = cancel();
         self.slots.enter(no, Phase::Promoting { _cancel: cancel }, now);
         let (console, limit) = (self.console(instance.id()), self.shared.config.create_timeout);
-        let ready = self.shared.config.ready_command.clone();
+        let ready = self.ready_work();
         self.task(async move {
             let result = tasks::promote(instance, console, ready, limit, cancelled).await;
             Message::Promoted(no, result, now.elapsed())

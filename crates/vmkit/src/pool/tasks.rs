@@ -70,13 +70,20 @@ pub(super) async fn prepare(backend: Arc<dyn Backend>, name: Id) -> Result<Prepa
     guarded(work).await
 }
 
+/// What is executed in a machine that has booted, and how often.
+#[derive(Clone)]
+pub(super) struct Ready {
+    pub words: Vec<String>,
+    pub runs: usize,
+}
+
 /// How one machine is to be made.
 pub(super) struct Order {
     pub id: Id,
     pub spec: Spec,
     pub tier: Tier,
     pub console: ConsoleSinks,
-    pub ready: Vec<String>,
+    pub ready: Ready,
     pub limit: Duration,
 }
 
@@ -114,7 +121,7 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
 pub(super) async fn promote(
     instance: Instance,
     console: ConsoleSinks,
-    ready: Vec<String>,
+    ready: Ready,
     limit: Duration,
     cancel: oneshot::Receiver<()>,
 ) -> Result<()> {
@@ -128,9 +135,17 @@ pub(super) async fn promote(
 }
 
 /// Executes the ready command, if there is one. No error contains its arguments.
-async fn make_ready(instance: &Instance, words: &[String]) -> Result<()> {
-    let Some((program, args)) = words.split_first() else { return Ok(()) };
-    let command = instance.command(program.as_str()).args(args.iter().map(String::as_str));
+async fn make_ready(instance: &Instance, ready: &Ready) -> Result<()> {
+    let Some((program, args)) = ready.words.split_first() else { return Ok(()) };
+    for _ in 0..ready.runs {
+        run_ready(instance, program, args).await?;
+    }
+    // What a hand-over begins with is to be warm too.
+    instance.ping().await
+}
+
+async fn run_ready(instance: &Instance, program: &str, args: &[String]) -> Result<()> {
+    let command = instance.command(program).args(args.iter().map(String::as_str));
     let ends = async {
         // Connected as those of the commands to come: it is to be the first of them, and the guest warm for the second. What it
         // prints may be much, and secrets, and is thrown away; also what is printed later by what it left in the background.
@@ -142,8 +157,7 @@ async fn make_ready(instance: &Instance, words: &[String]) -> Result<()> {
     };
     let status = ends.instrument(debug_span!("ready_command")).await?;
     if status.success() {
-        // What a hand-over begins with is to be warm too.
-        return instance.ping().await;
+        return Ok(());
     }
     Err(Error::new(ErrorKind::Backend, format!("the pool's ready command {program:?} ended with {status}"))
         .on(instance.id().as_str())
