@@ -4,80 +4,12 @@ mod common;
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use common::farm::{Farm, discard, sh};
 use common::{base, id, pids_where, runtime};
 use futures::future::{join_all, try_join_all};
-use vmkit::{BootImage, ConsoleSinks, ErrorKind, Host, Instance, Origin, Source, Spec, State, cleanup};
-use vmkit_backends::qemu::{Qemu, QemuConfig};
-
-/// Machines and templates of one test.
-struct Farm {
-    dir: tempfile::TempDir,
-    image: BootImage,
-    host: Host<Qemu>,
-}
-
-impl Farm {
-    /// With templates of its own, or with those that all tests share.
-    fn new(image: BootImage, own: bool) -> Farm {
-        let dir = tempfile::Builder::new().prefix("vmkit-test-").tempdir().unwrap();
-        let shared = Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates");
-        let templates = Some(if own { dir.path().join("templates") } else { shared });
-        let config = QemuConfig { templates, ..QemuConfig::new(dir.path().join("vms")) };
-        Farm { image, host: Host::new(Qemu::new(config).unwrap()), dir }
-    }
-
-    fn qemu(&self) -> &Qemu {
-        self.host.provider()
-    }
-
-    fn spec(&self) -> Spec {
-        Spec::new(Source::Boot(self.image.clone())).memory_mib(192)
-    }
-
-    async fn running(&self, name: &str) -> Instance {
-        self.running_as(name, self.spec()).await
-    }
-
-    async fn running_as(&self, name: &str, spec: Spec) -> Instance {
-        let vm = self.host.create(id(name), spec).await.unwrap();
-        vm.clone_source().await.unwrap();
-        vm.start(ConsoleSinks::discard()).await.unwrap();
-        vm
-    }
-
-    fn left(&self) -> Vec<String> {
-        let vms = fs::canonicalize(self.dir.path().join("vms")).unwrap();
-        let mut left: Vec<String> = pids_where(|cwd| cwd.starts_with(&vms)).iter().map(ToString::to_string).collect();
-        for part in ["", ".staging", ".trash", ".locks"] {
-            let entries = fs::read_dir(vms.join(part)).unwrap().flatten();
-            left.extend(entries.map(|entry| entry.file_name().into_string().unwrap()).filter(|n| !n.starts_with('.')));
-        }
-        left
-    }
-}
-
-impl Drop for Farm {
-    fn drop(&mut self) {
-        // Also after a panic: nothing outlives its test.
-        let dir = fs::canonicalize(self.dir.path()).unwrap();
-        for pid in pids_where(|cwd| cwd.starts_with(&dir)) {
-            let _ = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status();
-        }
-    }
-}
-
-async fn sh(vm: &Instance, script: &str) -> String {
-    let output = vm.command("sh").args(["-c", script]).output().await.unwrap();
-    assert!(output.status.success(), "{script}: {output:?}");
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-async fn discard(vm: &Instance) {
-    cleanup(vm, Duration::ZERO, Duration::from_secs(60)).await.unwrap();
-}
+use vmkit::{ConsoleSinks, ErrorKind, Instance, Origin, State, cleanup};
 
 #[test]
 fn a_template_is_made_once_and_its_forks_are_born_of_it() {
@@ -130,7 +62,8 @@ fn a_fork_boots_from_what_it_wrote_and_keeps_who_it_is() {
         vm.stop(Duration::from_secs(20)).await.stop.unwrap();
         vm.start(ConsoleSinks::discard()).await.unwrap();
         // It booted: its memory is gone, and its disk and its name are not.
-        assert_eq!(vm.properties().birth.unwrap().how, Origin::Boot);
+        let birth = vm.properties().birth.unwrap();
+        assert!(birth.how == Origin::Boot && !birth.unused, "{birth:?}");
         assert_eq!(sh(&vm, "cat /kept; hostname; ls /dev/shm").await, "kept\nweb");
         assert_eq!(sh(&vm, "cat /etc/machine-id").await, before);
         // One that was killed before it could write that down has a name of its own all the same.
@@ -141,6 +74,78 @@ fn a_fork_boots_from_what_it_wrote_and_keeps_who_it_is() {
         assert!(own.len() == 32 && own != before, "{own}, {twin}");
         for vm in [&vm, &other] {
             discard(vm).await;
+        }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+/// Where these bytes are: in what files of the machine, and in what memory of its process.
+fn found(farm: &Farm, vm: &Instance, secret: &[u8]) -> Vec<String> {
+    let dir = farm.qemu().machine_dir(vm.id());
+    let finder = memchr::memmem::Finder::new(secret);
+    let has = |bytes: &[u8]| finder.find(bytes).is_some();
+    let files = fs::read_dir(&dir).unwrap().flatten().filter(|entry| entry.file_type().unwrap().is_file());
+    let mut places: Vec<String> = files
+        .filter(|entry| has(&fs::read(entry.path()).unwrap()))
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    for pid in pids_where(|cwd| cwd.starts_with(&dir)) {
+        let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+        for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
+            let (range, rest) = line.split_once(' ').unwrap();
+            let (from, to) = range.split_once('-').unwrap();
+            let [from, to] = [from, to].map(|text| u64::from_str_radix(text, 16).unwrap());
+            // What the kernel lends it cannot be read so.
+            if !rest.starts_with('r') || rest.ends_with("[vvar]") || rest.ends_with("[vsyscall]") {
+                continue;
+            }
+            let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
+            match std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, from) {
+                Ok(()) if has(&bytes) => places.push(format!("memory {line}")),
+                Ok(()) => {}
+                // Of a file that is shorter than its mapping; or it is gone by now.
+                Err(error) => assert!(rest.contains('/') || rest.contains("[vvar"), "{line}: {error}"),
+            }
+        }
+    }
+    places
+}
+
+#[test]
+fn nothing_of_a_machine_survives_its_reset() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    let secret = "correct-horse-battery-staple";
+    runtime().block_on(async {
+        for own in [false, true] {
+            let vm = farm.running_as("web", farm.spec().own_memory(own)).await;
+            for suspended in [false, true] {
+                // In a file on its disk, in one in its memory, and in a process that still runs. Put together in the guest, so
+                // that nothing of ours has it in one piece.
+                let script = "s=correct-horse-; s=${s}battery-; s=${s}staple; echo $s > /secret; echo $s > /dev/shm/secret; \
+                    (sleep 1000; echo $s) > /dev/null 2>&1 & sync";
+                sh(&vm, script).await;
+                let before = vm.properties();
+                if suspended {
+                    vm.suspend().await.unwrap();
+                }
+                let places = found(&farm, &vm, secret.as_bytes());
+                let disk = places.iter().any(|place| place == "disk.qcow2");
+                let memory = places.iter().any(|place| match suspended {
+                    false => place.starts_with("memory "),
+                    true => place == "memory" || place == "state.full",
+                });
+                assert!(disk && memory, "the search finds nothing: {places:?}");
+                vmkit::reset(&vm, ConsoleSinks::discard(), Duration::from_secs(120)).await.unwrap();
+                assert_eq!(vm.state(), State::Running);
+                let after = vm.properties();
+                let birth = after.birth.unwrap();
+                assert!(birth.unused && birth.how == Origin::Fork, "{birth:?}");
+                assert!(birth.at > before.birth.unwrap().at && after.pid != before.pid);
+                assert_eq!(found(&farm, &vm, secret.as_bytes()), [""; 0]);
+                assert_eq!(sh(&vm, "ls /secret /dev/shm/secret 2>&1 | grep -c 'No such'; pidof sleep | wc -w").await, "2\n0");
+            }
+            discard(&vm).await;
         }
         assert_eq!(farm.left(), [""; 0]);
     });

@@ -110,6 +110,12 @@ pub enum Command {
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
         grace: Duration,
     },
+    /// Make used machines new: everything they have is deleted, and they are cloned and started again
+    Reset {
+        /// The machines
+        #[arg(required = true, value_name = "NAME", value_parser = id)]
+        names: Vec<Id>,
+    },
     /// List machines
     #[command(visible_alias = "list")]
     Ls {

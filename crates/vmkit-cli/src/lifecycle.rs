@@ -137,6 +137,20 @@ pub async fn cleanup(args: &Args, names: &[Id], all: bool, grace: Duration, outp
     .await
 }
 
+pub async fn reset(args: &Args, names: &[Id], output: &Output) -> Result<u8, Failure> {
+    let context = Context::open_without_sweep(args, output)?;
+    // Between deletion and clone no machine refers to its image.
+    let images = context.images()?;
+    let _hold = context.blocking(move |_, _| images.hold()).await?;
+    each(args, names, "resetting", output, async |instance: &Instance| {
+        context.template(instance.id(), instance.spec()).await;
+        let limit = CLEANUP_LIMIT + instance.spec().timeouts.start;
+        vmkit::reset(instance, ConsoleSinks::discard(), limit).await?;
+        Ok(Outcome::of(instance))
+    })
+    .await
+}
+
 /// Does the same to each machine. One that fails does not keep the others from their turn; the first failure counts.
 async fn each(
     args: &Args,

@@ -70,6 +70,7 @@ async fn dispatch(args: &Args, output: &Output) -> Result<u8, Failure> {
         Command::Stop { names, grace, force } => lifecycle::stop(args, names, *grace, *force, output).await,
         Command::Delete { names } => lifecycle::delete(args, names, output).await,
         Command::Wait { name, state, timeout } => lifecycle::wait(args, name, *state, *timeout, output).await,
+        Command::Reset { names } => lifecycle::reset(args, names, output).await,
         Command::Cleanup { names, all, grace } => lifecycle::cleanup(args, names, *all, *grace, output).await,
         Command::Ls { names_only } => list::ls(args, *names_only, output).await,
         Command::Inspect { name } => list::inspect(args, name, output).await,

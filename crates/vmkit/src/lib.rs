@@ -29,6 +29,7 @@ pub mod pool;
 mod properties;
 mod publish;
 mod render;
+mod reset;
 mod spec;
 mod state;
 mod wait;
@@ -52,6 +53,7 @@ pub use instance::{Instance, StopReport};
 pub use properties::{Birth, CloneInfo, Origin, Phase, Properties};
 pub use publish::{Cause, Status, Subscription};
 pub use render::{StateRow, states_dot, states_markdown, states_rows};
+pub use reset::reset;
 pub use spec::{BootImage, Id, Source, Spec, Timeouts};
 pub use state::{
     Action, Edge, Fact, State, UnknownState, Verdict, found, observe, plan, print_states, retrace, settle,

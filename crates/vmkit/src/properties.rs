@@ -31,7 +31,7 @@ pub struct Properties {
     pub uptime: Option<Duration>,
     /// Processor time its process used.
     pub cpu_time: Option<Duration>,
-    /// How it came to be what it is: of the first start of a clone; later ones go on from there.
+    /// How its execution came to be: by its last start that was no resume.
     pub birth: Option<Birth>,
 }
 
@@ -46,7 +46,7 @@ pub struct Birth {
     pub note: Option<String>,
     /// When, milliseconds since 1970.
     pub at: u64,
-    /// Nobody has used it before.
+    /// Nobody has used it before, neither this execution nor its disk: the first start of a clone.
     pub unused: bool,
     /// What of it was made its own, which its template has too. Everything that tells machines apart, or it is not handed out.
     pub renewed: Vec<String>,

@@ -297,3 +297,37 @@ async fn a_suspend_that_is_cut_off_ends_off() {
     assert_eq!(vm.suspend().await.unwrap_err().kind(), ErrorKind::Backend);
     assert_eq!(vm.state(), State::Running);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_machine_is_new_whatever_it_was_in() {
+    let (world, host) = host();
+    for state in [State::Initial, State::Stopped, State::Running, State::Suspended, State::Deleted] {
+        let vm = machine(&host, &format!("vm-{state}"), State::Running).await;
+        vm.command("counter").output().await.unwrap();
+        match state {
+            State::Running => {}
+            State::Suspended => vm.suspend().await.unwrap(),
+            _ => vm.stop(SECOND).await.stop.unwrap(),
+        }
+        if matches!(state, State::Initial | State::Deleted) {
+            vm.delete().await.unwrap();
+        }
+        vmkit::reset(&vm, ConsoleSinks::discard(), 60 * SECOND).await.unwrap();
+        assert_eq!(vm.state(), State::Running, "{state}");
+        assert!(vm.properties().birth.unwrap().unused);
+        assert_eq!(vm.command("counter").output().await.unwrap().stdout, b"1\n", "{state}");
+        // A cancelled caller does not stop it half way.
+        let mut states = vm.subscribe();
+        let reset = vmkit::reset(&vm, ConsoleSinks::discard(), 60 * SECOND);
+        assert!(tokio::time::timeout(Duration::from_millis(1), reset).await.is_err());
+        while states.next().await.unwrap().state != State::Deleted {}
+        while states.next().await.unwrap().state != State::Running {}
+    }
+    // One that cannot be made again is not there, and says so; a second attempt succeeds.
+    let vm = machine(&host, "vm", State::Running).await;
+    world.fault(Some(&id("vm")), Verb::Boot, Fault::Err);
+    let error = vmkit::reset(&vm, ConsoleSinks::discard(), 60 * SECOND).await.unwrap_err();
+    assert_eq!((error.operation(), vm.state()), (Some("Start"), State::Stopped), "{error:?}");
+    vmkit::reset(&vm, ConsoleSinks::discard(), 60 * SECOND).await.unwrap();
+    assert_eq!(vm.state(), State::Running);
+}

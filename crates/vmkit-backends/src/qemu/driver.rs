@@ -404,7 +404,8 @@ impl Driver for QemuDriver {
         }
         let mut laps = Laps::new();
         let mut note = None;
-        if self.file(FRESH).exists() {
+        let unused = self.file(FRESH).exists();
+        if unused {
             match self.template(&facts, accelerator).await {
                 Ok(Some(template)) => {
                     laps.lap("template");
@@ -429,7 +430,7 @@ impl Driver for QemuDriver {
         let line = self.line.clone();
         self.until(0, async { line.first(line.wire().await?).await }).await?;
         laps.lap("boot");
-        layout::write_birth(&self.dir, &Birth { note, ..laps.birth(Origin::Boot, None) });
+        layout::write_birth(&self.dir, &Birth { note, unused, ..laps.birth(Origin::Boot, None) });
         self.mark_ready()
     }
 

@@ -1,6 +1,8 @@
 //! Real machines for tests, and a probe that looks past the backend.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod farm;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;

@@ -208,6 +208,7 @@ impl Driver for SimDriver {
                 return Err(Error::new(ErrorKind::AlreadyExists, "something of that name exists"));
             }
             unit.disk = Disk::Half;
+            unit.born = None;
             unit.denied = false;
             unit.spec = Some(spec);
             Ok(())

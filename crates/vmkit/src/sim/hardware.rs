@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -50,6 +50,8 @@ pub(super) struct Unit {
     pub spec: Option<Spec>,
     pub disk: Disk,
     pub files: BTreeMap<String, Vec<u8>>,
+    /// When its first process since it was cloned began.
+    pub born: Option<SystemTime>,
     pub saved: Option<Arc<Memory>>,
     pub process: Option<Process>,
     /// Processes that a broken backend lost.
@@ -356,6 +358,7 @@ impl Hardware {
         let unit = self.unit(id);
         unit.denied = false;
         unit.process = Some(process);
+        unit.born.get_or_insert_with(SystemTime::now);
         pid
     }
 

@@ -1,9 +1,11 @@
 //! What can be read of a simulated machine while an operation has its driver.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use super::hardware::{Phase, Process};
 use super::world::World;
 use crate::driver::Probe;
-use crate::properties::Properties;
+use crate::properties::{Birth, Origin, Properties};
 use crate::spec::Id;
 
 /// Reads a simulated machine without waiting.
@@ -26,8 +28,16 @@ impl Probe for SimProbe {
                 pid: process.map(|process| process.pid),
                 disk_used: unit.map(|unit| unit.files.values().map(|file| file.len() as u64).sum()),
                 uptime: up.map(|process| process.since.elapsed()),
+                birth: unit.and_then(|unit| unit.born).map(birth),
                 ..Properties::default()
             }
         })
     }
+}
+
+/// Simulated machines boot, and nobody has used them then.
+fn birth(at: SystemTime) -> Birth {
+    let at = at.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+    let (template, note, renewed, phases) = (None, None, Vec::new(), Vec::new());
+    Birth { how: Origin::Boot, template, note, at, unused: true, renewed, phases }
 }

@@ -1,0 +1,85 @@
+//! A used machine as new: verified, or an error.
+
+use std::time::Duration;
+
+use crate::cleanup::cleanup;
+use crate::console::ConsoleSinks;
+use crate::error::{Error, ErrorKind, Result};
+use crate::instance::Instance;
+use crate::properties::Properties;
+
+/// Rolls a machine back to what it was made from, whatever state it is in: what it has is removed as by a deletion (processes,
+/// memory, disk, saved execution), and it is made and started again under its name, within `limit` in all. Afterwards it is
+/// Running, and its [`Birth`](crate::Birth) is that of a machine that nobody has used. Where fresh machines are forks of a
+/// template, this takes as long as a fork.
+///
+/// Runs on a task of its own: a cancelled caller does not stop a reset half way.
+///
+/// # Errors
+/// What the step that failed failed with; then the machine is in the state that this step left it in, with nothing of the old
+/// one unless the state is that of the deletion, and a reset can be tried again. [`ErrorKind::Inconsistent`] when what runs is
+/// not provably new: it is removed again. [`ErrorKind::TimedOut`], with the state, when `limit` passed.
+pub async fn reset(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
+    let own = instance.clone();
+    let task = tokio::spawn(async move {
+        match tokio::time::timeout(limit, renew(&own, console, limit)).await {
+            Ok(result) => result,
+            Err(_) => {
+                let state = own.state();
+                let message = format!("the reset took longer than {limit:?}, and the machine is {state}");
+                Err(Error::new(ErrorKind::TimedOut, message).on(own.id().as_str()).while_in(state))
+            }
+        }
+    });
+    task.await.unwrap_or_else(|lost| {
+        let error = Error::new(ErrorKind::Cancelled, "the runtime that resets has shut down");
+        Err(error.on(instance.id().as_str()).caused_by(lost))
+    })
+}
+
+async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
+    let old = instance.properties();
+    cleanup(instance, Duration::ZERO, limit).await?;
+    instance.clone_source().await?;
+    instance.start(console).await?;
+    let Err(why) = is_new(&old, &instance.properties()) else { return Ok(()) };
+    // Whoever asked for a new one must not go on with this one.
+    cleanup(instance, Duration::ZERO, limit).await?;
+    Err(Error::new(ErrorKind::Inconsistent, format!("the reset is not proven: {why}"))
+        .on(instance.id().as_str())
+        .hint("the machine is removed; clone and start it, or report this with the backend's name"))
+}
+
+/// Whether this is another machine than the old one, and a new one, by what the backend says of both.
+fn is_new(old: &Properties, new: &Properties) -> std::result::Result<(), &'static str> {
+    let Some(birth) = &new.birth else { return Err("the backend does not say how it came to be") };
+    if !birth.unused {
+        return Err("it was used before");
+    }
+    if (new.pid, Some(birth)) == (old.pid, old.birth.as_ref()) {
+        return Err("it is the one that was there before");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::properties::{Birth, Origin};
+
+    fn machine(pid: u32, at: u64, unused: bool) -> Properties {
+        let (template, note, renewed, phases) = (None, None, Vec::new(), Vec::new());
+        let birth = Birth { how: Origin::Boot, template, note, at, unused, renewed, phases };
+        Properties { pid: Some(pid), birth: Some(birth), ..Properties::default() }
+    }
+
+    #[test]
+    fn only_another_unused_machine_is_new() {
+        let old = machine(7, 1, true);
+        assert!(is_new(&old, &machine(8, 2, true)).is_ok());
+        assert!(is_new(&Properties::default(), &machine(8, 2, true)).is_ok());
+        assert!(is_new(&old, &old).is_err());
+        assert!(is_new(&old, &machine(8, 2, false)).is_err());
+        assert!(is_new(&old, &Properties { pid: Some(8), ..Properties::default() }).is_err());
+    }
+}
