@@ -121,3 +121,23 @@ fn makers(state: &State) -> Vec<u32> {
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&home))).collect()
 }
+
+#[test]
+fn a_used_machine_is_reset() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["run", "--keep", "--name", "box", "--", "sh", "-c", "echo used > /used"]);
+    let (before, pids) = (birth(&state, "box"), state.pids());
+    state.ok(&["suspend", "box"]);
+    assert_eq!(state.ok(&["reset", "box"]), "box\n");
+    let after = birth(&state, "box");
+    assert!(after["unused"] == true && after["at"].as_u64() > before["at"].as_u64(), "{before} {after}");
+    assert!(state.pids().iter().all(|pid| !pids.contains(pid)));
+    let output = state.vmkit(&["exec", "box", "--", "cat", "/used"]);
+    assert!(text(&output.stderr).contains("No such file"), "{output:?}");
+    // Also one that is off, and never one that is not there.
+    state.ok(&["stop", "--force", "box"]);
+    state.fails(3, &["reset", "box", "nosuch"]);
+    assert_eq!(state.machines(), [("box".to_owned(), "Running".to_owned())]);
+    state.ok(&["cleanup", "box"]);
+    state.is_clean();
+}
