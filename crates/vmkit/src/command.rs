@@ -137,6 +137,15 @@ impl Command {
     /// # Cancel safety
     /// Dropping the future kills what was started.
     pub async fn spawn(self) -> Result<Child> {
+        let mark = self.mark.clone();
+        let started = self.begin().await;
+        if started.is_err() {
+            failed(&mark);
+        }
+        started
+    }
+
+    async fn begin(self) -> Result<Child> {
         let (guest, mut gone) = self.instance.way_in()?;
         // A limit beyond what a clock can say is none.
         let deadline = self.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
@@ -202,6 +211,13 @@ impl std::fmt::Debug for Command {
     }
 }
 
+/// Whoever counts on a command learns that it did not end with success.
+fn failed(mark: &Option<Arc<AtomicBool>>) {
+    if let Some(mark) = mark {
+        mark.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Returns the limit when it has passed.
 async fn passed(deadline: Option<(Instant, Duration)>) -> Duration {
     match deadline {
@@ -260,6 +276,14 @@ impl Child {
         if let Some(status) = self.exit {
             return Ok(status);
         }
+        let ended = self.end().await;
+        if !ended.as_ref().is_ok_and(|status| status.success()) {
+            failed(&self.mark);
+        }
+        ended
+    }
+
+    async fn end(&mut self) -> Result<ExitStatus> {
         let ended = tokio::select! {
             biased;
             ended = self.control.wait() => ended,
@@ -274,9 +298,6 @@ impl Child {
         match ended {
             Ok(status) => {
                 self.exit = Some(status);
-                if let Some(mark) = self.mark.as_ref().filter(|_| !status.success()) {
-                    mark.store(true, Ordering::Relaxed);
-                }
                 Ok(status)
             }
             // The connection breaks a moment before the machine is known to be gone: say the cause, not the symptom.

@@ -6,7 +6,12 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The most that a binding may be in all, bytes.
+const MOST: usize = 4 << 20;
+/// The longest variable that Linux passes to a process, with its name and its end.
+const VARIABLE: usize = 128 << 10;
 
 /// A running guest. Cheap to clone; valid until the machine leaves Running.
 pub type Guest = Arc<dyn GuestOps>;
@@ -49,6 +54,53 @@ impl Binding {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.hostname.is_none() && self.env.is_empty() && self.files.is_empty()
+    }
+
+    /// Whether a guest can be given this, as far as that can be known without one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`], which says what is wrong, without values and contents.
+    pub fn check(&self) -> Result<()> {
+        let bad = |message: String, hint: &str| Err(Error::new(ErrorKind::InvalidArgument, message).hint(hint));
+        if let Some(name) = &self.hostname {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+            let edges = name.starts_with(['-', '.']) || name.ends_with(['-', '.']);
+            if name.is_empty() || name.len() > 64 || edges || !name.chars().all(plain) {
+                return bad(format!("{name:?} is no host name"), "use 1 to 64 letters, digits, dots and hyphens");
+            }
+        }
+        for (key, value) in &self.env {
+            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+                let hint = "a name is not empty and has no `=`; neither name nor value has a zero byte";
+                return bad(format!("the variable {key:?} cannot be set"), hint);
+            }
+            if key.len() + value.len() + 2 > VARIABLE {
+                return bad(format!("the variable {key:?} is longer than 128 KiB"), "pass it in a file");
+            }
+        }
+        for file in &self.files {
+            let name = file.path.rsplit('/').next().unwrap_or_default();
+            let place = file.path.starts_with('/') && !file.path.contains('\0') && !["", ".", ".."].contains(&name);
+            if !place {
+                return bad(
+                    format!("{:?} is no place for a file", file.path),
+                    "use an absolute path that names a file",
+                );
+            }
+            if file.mode > 0o7777 {
+                return bad(
+                    format!("{:o} are no permissions of {:?}", file.mode, file.path),
+                    "use at most 7777, octal",
+                );
+            }
+        }
+        let env: usize = self.env.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let files: usize = self.files.iter().map(|file| file.path.len() + file.content.len()).sum();
+        if env + files > MOST {
+            let hint = "make it part of the image, or pass it to a command's standard input";
+            return bad(format!("files and variables are {} bytes in all: more than 4 MiB", env + files), hint);
+        }
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! What callers hold of a machine.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ use crate::state::{Action, State};
 pub struct Instance(Arc<Inner>);
 
 struct Inner {
+    retired: AtomicBool,
     id: Id,
     spec: Spec,
     suspendable: bool,
@@ -83,7 +85,8 @@ impl Instance {
             exists,
         };
         tokio::spawn(machine.run());
-        Instance(Arc::new(Inner { id, spec, suspendable, requests, kills, status, guest, probe }))
+        let retired = AtomicBool::new(false);
+        Instance(Arc::new(Inner { retired, id, spec, suspendable, requests, kills, status, guest, probe }))
     }
 
     /// Its name: stable, unique on its host, never empty.
@@ -141,6 +144,10 @@ impl Instance {
     /// [`ErrorKind::IllegalRequest`] unless Initial or Deleted; [`ErrorKind::AlreadyExists`] when something of that name
     /// exists outside, which stays untouched. What was half made is removed.
     pub async fn clone_source(&self) -> Result<()> {
+        if self.0.retired.load(Ordering::Acquire) {
+            let error = Error::new(ErrorKind::IllegalRequest, "the pool that had the machine has taken it back");
+            return Err(error.on(self.0.id.as_str()).during("Clone").while_in(self.state()).hint("acquire another"));
+        }
         self.ask(Action::Clone, Request::Clone).await?
     }
 
@@ -212,12 +219,18 @@ impl Instance {
     /// [`ErrorKind::NotRunning`]; [`ErrorKind::InvalidArgument`] or what the guest failed with, when a part of it cannot
     /// be applied. No error contains values or contents.
     pub async fn bind(&self, binding: Binding) -> Result<()> {
+        binding.check().map_err(|error| error.on(self.0.id.as_str()))?;
         let (guest, mut gone) = self.way_in()?;
         tokio::select! {
             biased;
             bound = guest.bind(binding) => bound.map_err(|e| e.on(self.0.id.as_str())),
             () = gone.wait() => Err(self.not_running()),
         }
+    }
+
+    /// From now on it is never made again: whoever still has it finds it deleted, or an error.
+    pub(crate) fn retire(&self) {
+        self.0.retired.store(true, Ordering::Release);
     }
 
     /// Has every later change told to `hook`, and returns the status now.
@@ -243,7 +256,8 @@ impl Instance {
         let state = self.state();
         let hint = match state {
             State::Stopped | State::Suspended => "start it first",
-            State::Running | State::Starting => "try again when it is running",
+            State::Running => return self.just_ended(),
+            State::Starting => "try again when it is running",
             State::Initial | State::Cloning | State::Deleting | State::Deleted => "clone and start it first",
             State::Stopping | State::Suspending => "start it again first",
             State::ErrorUnknown => "delete it and clone it again",
@@ -252,6 +266,13 @@ impl Instance {
             .on(self.0.id.as_str())
             .while_in(state)
             .hint(hint)
+    }
+
+    /// Its process is gone, and its state not told yet.
+    fn just_ended(&self) -> Error {
+        Error::new(ErrorKind::NotRunning, "the machine has ended just now")
+            .on(self.0.id.as_str())
+            .hint("look at its state again, and at its console")
     }
 
     async fn ask<T>(&self, action: Action, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T> {

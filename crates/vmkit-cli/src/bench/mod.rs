@@ -133,9 +133,6 @@ struct Report {
 fn report(measured: &[Series], bench: &PoolArgs, svg: Option<plot::Target>, output: &Output) -> Result<(), Failure> {
     let figures: Vec<(Pattern, Figures)> =
         measured.iter().filter_map(|series| Some((series.pattern, series.figures()?))).collect();
-    if let Some(target) = svg {
-        target.write(&plot::draw(measured, &title(bench))?)?;
-    }
     let of = |wanted| figures.iter().find(|(pattern, _)| *pattern == wanted).map(|(_, figures)| *figures);
     let report =
         Report { sequential: of(Pattern::Sequential), staggered: of(Pattern::Staggered), burst: of(Pattern::Burst) };
@@ -145,7 +142,12 @@ fn report(measured: &[Series], bench: &PoolArgs, svg: Option<plot::Target>, outp
             measured.iter().for_each(|series| text.push_str(&format!("{}\n", figures::each(series))));
         }
         text + &figures::table(&figures)
-    })
+    })?;
+    // Last: what was measured is not lost to a full disk.
+    match svg {
+        Some(target) => Ok(target.write(&plot::draw(measured, &title(bench))?)?),
+        None => Ok(()),
+    }
 }
 
 fn title(bench: &PoolArgs) -> String {

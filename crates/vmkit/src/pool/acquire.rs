@@ -50,7 +50,7 @@ impl Acquire {
         Acquire { pool, binding, labels, key: None, holder: None, limit: None, timeout }
     }
 
-    /// Sets how long it waits at most. At its end the error says why, and when it is tried next.
+    /// Sets how long it waits at most; with zero it does not wait, and fails. At its end the error says why, and when it is tried next.
     pub fn timeout(mut self, timeout: Duration) -> Acquire {
         self.timeout = timeout;
         self
@@ -116,7 +116,7 @@ impl Acquire {
             turn: None,
         };
         let waiter = Box::new(Waiter { who, reply });
-        let sent = match shared.usable() {
+        let sent = match shared.usable().and_then(|()| self.binding.check()).map_err(|error| error.during("Acquire")) {
             Ok(()) => shared.mailbox.send(Message::Acquire(waiter)).map_err(|_| shared.closed()),
             Err(error) => Err(error),
         };
@@ -143,11 +143,12 @@ impl IntoFuture for Acquire {
 ///
 /// # Errors
 /// [`ErrorKind::TimedOut`] at its deadline, with why and when it is tried next; [`ErrorKind::Exhausted`] when the queue is full;
-/// [`ErrorKind::Closed`] when the pool closes; [`ErrorKind::InvalidArgument`] when its binding is invalid; and with
-/// [`OnFailure::FailFast`] the last error of the pool.
+/// [`ErrorKind::Closed`] when the pool closes; [`ErrorKind::InvalidArgument`] when its binding is invalid, and what the
+/// guest said when two machines in a row could not be given it; and with [`OnFailure::FailFast`] the last error of the pool.
 ///
 /// # Cancel safety
-/// Dropped at any instant, it neither takes a machine with it nor delays another caller.
+/// Dropped at any instant, it does not delay another caller. A machine that was being given its binding at that instant is
+/// deleted and replaced, because nobody else may have what it was given; otherwise it takes none with it.
 #[must_use = "a place in the queue is given up when it is dropped"]
 pub struct Pending {
     future: BoxFuture<'static, Result<Lease>>,
@@ -207,6 +208,7 @@ impl Wait {
     async fn run(mut self, mut answer: oneshot::Receiver<Result<Grant>>) -> Result<Lease> {
         let shared = self.ticket.shared.clone();
         let span = debug_span!("acquire", pool = %shared.name);
+        let mut refused = false;
         async {
             loop {
                 // Biased towards the answer: a machine that is there at the deadline is taken.
@@ -223,20 +225,22 @@ impl Wait {
                     },
                     Ok(Err(error)) => error,
                     Err(_) => {
-                        grant.reject(self.late(&shared), None);
+                        grant.reject(self.late(&shared), false, None);
                         return Err(self.late(&shared));
                     }
                 };
-                // Its own mistake would cost it every machine that there is.
-                let own = error.kind() == ErrorKind::InvalidArgument;
+                // What two guests answer that they cannot be given, none can: it would cost every machine that there is.
+                let answered = !self.binding.is_empty() && is_answer(error.kind());
+                let own = error.kind() == ErrorKind::InvalidArgument || (answered && refused);
                 if own || shared.config.on_failure == OnFailure::FailFast {
                     let told = error.duplicate();
-                    grant.reject(error, None);
+                    grant.reject(error, answered, None);
                     return Err(told);
                 }
+                refused = answered;
                 let (reply, next) = oneshot::channel();
                 self.ticket.queued = true;
-                grant.reject(error, Some(reply));
+                grant.reject(error, answered, Some(reply));
                 answer = next;
             }
         }
@@ -257,6 +261,12 @@ impl Wait {
         }
         .during("Acquire")
     }
+}
+
+/// Whether a guest said this, and is well.
+fn is_answer(kind: ErrorKind) -> bool {
+    use ErrorKind::{Backend, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted};
+    matches!(kind, Backend | InvalidArgument | NotFound | PermissionDenied | ResourceExhausted)
 }
 
 /// A machine on its way to a caller.
@@ -327,10 +337,11 @@ impl Grant {
         Some(Lease::new(self.instance.clone(), self.slot, self.hold.clone(), shared.clone()))
     }
 
-    fn reject(mut self, error: Error, reply: Option<oneshot::Sender<Result<Grant>>>) {
+    /// `answered`: by a guest that is well, to what it was to be given.
+    fn reject(mut self, error: Error, answered: bool, reply: Option<oneshot::Sender<Result<Grant>>>) {
         self.done = true;
         let waiter = reply.map(|reply| Box::new(Waiter { who: self.claimant.clone(), reply }));
-        let _ = self.mailbox.send(Message::Rejected { slot: self.slot, error, waiter });
+        let _ = self.mailbox.send(Message::Rejected { slot: self.slot, error, answered, waiter });
     }
 }
 

@@ -9,7 +9,7 @@ use super::tasks::{Backend, LABEL};
 use super::{Parts, Pool};
 use crate::console::ConsoleSinks;
 use crate::driver::Provider;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
 use crate::spec::{Id, Spec};
 
@@ -142,10 +142,14 @@ impl PoolBuilder {
     /// Builds it. Nothing happens before [`Pool::start`].
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) for what is out of range.
+    /// [`ErrorKind::InvalidArgument`] for what is out of range.
     pub fn build(self) -> Result<Pool> {
         self.config.check()?;
         let name = self.config.id()?;
+        if self.spec.labels.contains_key(LABEL) {
+            let error = Error::new(ErrorKind::InvalidArgument, format!("the label {LABEL} is the pool's own"));
+            return Err(error.hint("choose another label"));
+        }
         let spec = self.spec.label(LABEL, name.as_str());
         spec.check()?;
         let (backend, sizing, console, seed) = (self.backend, self.sizing, self.console, self.seed);

@@ -134,7 +134,7 @@ impl Supervisor {
                 self.delete(no, false, now);
             }
             Held::Retain => {
-                hold.retain();
+                hold.retain(self.claim.clone());
                 self.totals.retained += 1;
                 self.event(EventKind::AcquiredVmRetained, Some(no), Details::default());
                 let slot = self.slots.remove(no);

@@ -13,6 +13,8 @@ use crate::spec::Id;
 
 /// The longest name of a pool: its machines' names have to begin with it.
 const LONGEST_NAME: usize = 40;
+/// More machines than any host has: a mistake, not a wish.
+const LARGEST: usize = 1_000_000;
 
 /// How machines are prepared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -193,7 +195,8 @@ pub struct PoolConfig {
     pub max_idle: Option<Duration>,
     /// Keep failed leases instead of deleting them.
     pub keep_failed: Option<KeepFailed>,
-    /// Whether closing deletes machines that are still held. True.
+    /// Whether closing deletes machines that are still held. True. One that is left to its holder keeps the pool's name until
+    /// its lease is dropped: a pool of that name would delete it.
     pub delete_acquired_on_close: bool,
     /// How many events a reader may be behind before it loses some. 1024.
     pub event_buffer: usize,
@@ -264,6 +267,14 @@ impl PoolConfig {
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
             return bad(format!("{key} is 0: it has to be at least 1"));
+        }
+        if self.size().max(self.max.unwrap_or(0)) > LARGEST {
+            return bad(format!("size or max is more than {LARGEST}"));
+        }
+        if self.ready_command.first().is_some_and(String::is_empty)
+            || self.ready_command.iter().any(|word| word.contains('\0'))
+        {
+            return bad("ready_command names no program, or has a zero byte".to_owned());
         }
         let spans = [
             ("cleanup_timeout", self.cleanup_timeout),

@@ -1,8 +1,9 @@
 //! A machine that somebody has, until it is released, deleted or dropped.
 
+use std::any::Any;
 use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -33,8 +34,8 @@ impl Lease {
         Lease { instance, slot, hold, shared }
     }
 
-    /// A command to be executed in the guest. One that does not end with success marks the lease as
-    /// [failed](Lease::mark_failed).
+    /// A command to be executed in the guest. One that does not end with success, whether it fails, cannot
+    /// be started, takes too long or is lost with its machine, marks the lease as [failed](Lease::mark_failed).
     pub fn command(&self, program: impl Into<String>) -> Command {
         self.instance.command(program).marks(self.hold.failed.clone())
     }
@@ -45,6 +46,10 @@ impl Lease {
     /// # Cancel safety
     /// A dropped call is carried to its end.
     pub async fn stop_and_release(&self, grace: Duration) -> StopReport {
+        if self.instance.state() == State::Deleted {
+            // Given back already: there is nothing to stop.
+            return StopReport { run: Ok(()), stop: Ok(()), forced: false };
+        }
         let (instance, shared, slot) = (self.instance.clone(), self.shared.clone(), self.slot);
         let task = tokio::spawn(async move {
             let report = instance.stop(grace).await;
@@ -149,6 +154,24 @@ const RETAINED: u8 = 3;
 pub(super) struct Hold {
     state: AtomicU8,
     failed: Arc<AtomicBool>,
+    /// The pool's name, for as long as a machine of it is left to its holder.
+    name: OnceLock<Claim>,
+}
+
+/// The claim on a pool's name, shared by what must be gone before somebody else may have it.
+#[derive(Clone)]
+pub(super) struct Claim(#[expect(dead_code, reason = "it is what keeps the name")] Arc<dyn Any + Send + Sync>);
+
+impl Claim {
+    pub(super) fn new(claim: Box<dyn Any + Send + Sync>) -> Claim {
+        Claim(claim.into())
+    }
+}
+
+impl std::fmt::Debug for Claim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Claim")
+    }
 }
 
 impl Hold {
@@ -168,7 +191,10 @@ impl Hold {
     }
 
     /// The pool leaves it to its holder.
-    pub(super) fn retain(&self) {
+    pub(super) fn retain(&self, name: Option<Claim>) {
+        if let Some(name) = name {
+            let _ = self.name.set(name);
+        }
         self.state.store(RETAINED, Ordering::Release);
     }
 

@@ -80,6 +80,8 @@ pub(super) enum Message {
     Rejected {
         slot: SlotNo,
         error: Error,
+        /// By a guest that is well: nothing is wrong with the pool.
+        answered: bool,
         waiter: Option<Box<Waiter>>,
     },
     Stopped(SlotNo),

@@ -229,8 +229,10 @@ impl Pool {
     /// what is held.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] beyond the configured maximum; [`ErrorKind::Closed`].
+    /// [`ErrorKind::InvalidArgument`] beyond the configured maximum; [`ErrorKind::Closed`]; [`ErrorKind::IllegalRequest`] before it
+    /// was started.
     pub async fn resize(&self, size: usize) -> Result<()> {
+        self.shared.usable()?;
         self.ask(|reply| Message::Resize(size, reply)).await.unwrap_or_else(|| Err(self.shared.closed()))
     }
 
@@ -240,6 +242,7 @@ impl Pool {
     /// # Errors
     /// [`ErrorKind::NotFound`] when nothing of that name is kept, or somebody has it.
     pub async fn take_kept(&self, id: &Id) -> Result<Lease> {
+        self.shared.usable()?;
         self.ask(|reply| Message::Take(id.clone(), reply)).await.unwrap_or_else(|| Err(self.shared.closed()))
     }
 
@@ -248,6 +251,7 @@ impl Pool {
     /// # Errors
     /// [`ErrorKind::NotFound`], or what deleting it failed with.
     pub async fn discard_kept(&self, id: &Id) -> Result<()> {
+        self.shared.usable()?;
         self.ask(|reply| Message::Discard(id.clone(), reply)).await.unwrap_or_else(|| Err(self.shared.closed()))
     }
 
@@ -310,7 +314,6 @@ impl Shared {
     fn usable(&self) -> Result<()> {
         match self.phase.load(Ordering::Acquire) {
             NEW => Err(Error::new(ErrorKind::IllegalRequest, format!("the pool {} has not been started", self.name))
-                .during("Acquire")
                 .hint("call start first")),
             CLOSED => Err(self.closed()),
             // While it closes it is told, so that the attempt is an event.

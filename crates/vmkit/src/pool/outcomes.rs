@@ -6,6 +6,7 @@ use tokio::time::Instant;
 
 use super::backoff::{after, pause};
 use super::events::{Details, EventKind};
+use super::lease::Claim;
 use super::message::{Made, Message, Prepared};
 use super::plan::Tier;
 use super::slots::{Phase, SlotNo};
@@ -24,7 +25,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 
 impl Supervisor {
     pub(super) fn on_prepared(&mut self, prepared: Prepared, now: Instant) {
-        self.claim = Some(prepared.claim);
+        self.claim = Some(Claim::new(prepared.claim));
         self.prepared = Some(true);
         self.opened();
         let pool = self.pool_id().as_str().to_owned();

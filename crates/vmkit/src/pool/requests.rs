@@ -199,13 +199,20 @@ impl Supervisor {
     }
 
     /// A machine that its caller found unfit.
-    pub(super) fn on_rejected(&mut self, no: SlotNo, error: &Error, waiter: Option<Box<Waiter>>, now: Instant) {
+    pub(super) fn on_rejected(
+        &mut self,
+        no: SlotNo,
+        error: &Error,
+        answered: bool,
+        waiter: Option<Box<Waiter>>,
+        now: Instant,
+    ) {
         let granted = self.slots.get(no).is_some_and(|slot| matches!(slot.phase, Phase::Granted { .. }));
         if granted {
             self.event(EventKind::AcquireFailed, Some(no), Details { error: Some(error), ..Details::default() });
             self.unfit(no, &error.to_string(), now);
             // What the caller asked for wrongly says nothing about the pool.
-            if error.kind() != ErrorKind::InvalidArgument && self.is_open() {
+            if !answered && error.kind() != ErrorKind::InvalidArgument && self.is_open() {
                 self.health.fail(now, &mut self.random);
                 self.note_trouble(Some(error));
             }

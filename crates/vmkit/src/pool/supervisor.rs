@@ -1,6 +1,5 @@
 //! The one task that owns a pool's counts: it is told, plans, and has things done.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +14,7 @@ use tracing::{debug, warn};
 use super::backoff::{Backoff, Random, after};
 use super::closing::Closing;
 use super::events::{Details, EventKind, Events, Journal};
+use super::lease::Claim;
 use super::message::{Mailbox, Message, Waiter};
 use super::metrics::Metrics;
 use super::pace::Pace;
@@ -106,7 +106,7 @@ pub(super) struct Supervisor {
     pub last_error: Option<Error>,
     pub last_attempt: Option<Instant>,
     pub starter: Option<oneshot::Sender<Result<()>>>,
-    pub claim: Option<Box<dyn Any + Send + Sync>>,
+    pub claim: Option<Claim>,
     preparing: JoinHandle<()>,
     /// `None` until the name was taken and what an earlier process left is known.
     pub prepared: Option<bool>,
@@ -168,7 +168,9 @@ impl Supervisor {
             Message::Abandoned => self.on_abandoned(now),
             Message::Delivered(slot) => self.on_delivered(slot, now),
             Message::Back { slot, touched } => self.on_back(slot, touched, now),
-            Message::Rejected { slot, error, waiter } => self.on_rejected(slot, &error, waiter, now),
+            Message::Rejected { slot, error, answered, waiter } => {
+                self.on_rejected(slot, &error, answered, waiter, now);
+            }
             Message::Stopped(slot) => self.on_stopped(slot, now),
             Message::Dropped { slot, failed } => self.on_dropped(slot, failed, now),
             Message::Delete(slot, reply) => self.on_delete(slot, reply, now),
@@ -358,7 +360,7 @@ impl Supervisor {
         while let Ok(message) = inbox.try_recv() {
             self.handle_late(message);
         }
-        // The name first: whoever hears that it is closed may open it again.
+        // The name first: whoever hears that it is closed may open it again, unless machines of it were left to their holders.
         self.claim = None;
         self.shared.phase.store(CLOSED, Ordering::Release);
         self.shared.rest().last = Some(Arc::new(self.status(Instant::now())));

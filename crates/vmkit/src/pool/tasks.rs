@@ -224,6 +224,8 @@ pub(super) async fn remove(
             // Somebody else's by now: ours is gone.
             return Ok(());
         }
+        // Whoever had it may have it still.
+        instance.retire();
         cleanup(&instance, Duration::ZERO, deadline.saturating_duration_since(Instant::now())).await
     };
     // Twice the limit: the cleanup has its own and tells more when that passes.

@@ -273,6 +273,11 @@ impl GuestOps for SimGuest {
                     let message = format!("the file {:?} has no absolute path", file.path);
                     return Err(Error::new(ErrorKind::InvalidArgument, message));
                 }
+                // As in a real guest: nobody makes files there.
+                if file.path.starts_with("/proc/") {
+                    let message = format!("the guest could not write {:?}", file.path);
+                    return Err(Error::new(ErrorKind::Backend, message));
+                }
                 self.world.change(|hw| hw.unit(&self.id).files.insert(file.path, file.content));
             }
             let mut inner = memory.lock();
