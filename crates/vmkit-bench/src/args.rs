@@ -47,6 +47,12 @@ pub struct Args {
 pub enum Command {
     /// Measure bare QEMU alone
     Floor,
+    /// Have many machines ready at once, use every one of them, and show what each costs
+    Density {
+        /// How many; ten are measured before, to compare with
+        #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
+        machines: u32,
+    },
 }
 
 fn accelerator(word: &str) -> Result<Accelerator, String> {

@@ -16,6 +16,7 @@
 
 mod args;
 mod commands;
+mod density;
 mod error;
 mod figures;
 mod floor;
@@ -66,6 +67,12 @@ fn carry_out(args: Args) -> BenchResult<ExitCode> {
         accelerator: args.accel,
         state_dir: args.state_dir,
     };
+    if let Some(Command::Density { machines }) = args.command {
+        let crowds = session::density(&plan, &stop, machines as usize)?;
+        let text = if args.json { format!("{:#}\n", density::json(&crowds)) } else { density::table(&crowds) };
+        let _ = std::io::stdout().write_all(text.as_bytes());
+        return Ok(ExitCode::SUCCESS);
+    }
     // Before the work: nobody waits minutes for what cannot be written.
     let svg = args.svg.as_ref().map(|path| Ok::<_, vmkit::Error>((path, open(path)?))).transpose()?;
     let report = session::measure(&plan, &stop)?;

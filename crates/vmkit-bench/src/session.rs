@@ -10,6 +10,7 @@ use vmkit_backends::qemu::Accelerator;
 use vmkit_image::{Agent, Hold, Store};
 
 use crate::commands::Commands;
+use crate::density::{Crowd, FEW};
 use crate::error::{Error, Result};
 use crate::figures::Wanted;
 use crate::floor::{Config, Floor, Guest};
@@ -71,6 +72,17 @@ pub fn measure(plan: &Plan, stop: &Stop) -> Result<Report> {
         session.round(&plan.wanted, round == 1, stop, &mut report)?;
     }
     Ok(report)
+}
+
+/// Few machines and then many, all of them ready at once and each of them used.
+///
+/// # Errors
+/// As [`measure`].
+pub fn density(plan: &Plan, stop: &Stop, machines: usize) -> Result<Vec<Crowd>> {
+    let plan =
+        Plan { wanted: Wanted::new(Ours::BURST.iter().map(ToString::to_string).collect(), true), ..plan.clone() };
+    let session = Session::prepare(&plan, stop)?;
+    [FEW, machines].into_iter().map(|size| session.ours.density(size)).collect()
 }
 
 impl Session {
