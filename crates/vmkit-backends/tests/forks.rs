@@ -57,6 +57,8 @@ fn a_fork_boots_from_what_it_wrote_and_keeps_who_it_is() {
         let vm = farm.running("web").await;
         let other = farm.running("other").await;
         sh(&vm, "echo kept > /kept; echo lost > /dev/shm/lost").await;
+        let calm = "cd /proc/sys; cat vm/compaction_proactiveness vm/stat_interval kernel/watchdog";
+        assert_eq!(sh(&vm, calm).await, "0\n60\n0", "an idle guest is to be left alone");
         let before = sh(&vm, "cat /etc/machine-id").await;
         assert!(!vm.properties().birth.unwrap().renewed.is_empty());
         vm.stop(Duration::from_secs(20)).await.stop.unwrap();

@@ -245,3 +245,12 @@ fn one_bench_at_a_time_has_the_name() {
     assert_eq!(first.wait().unwrap().code(), Some(130));
     is_over(&state);
 }
+
+#[test]
+fn what_was_measured_is_not_lost_to_a_full_disk() {
+    let state = State::empty();
+    let output = state.vmkit(&sim(&["--requests", "4", "--svg", "/dev/full"]));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stdout).contains("burst"), "{output:?}");
+    assert!(text(&output.stderr).contains("/dev/full"), "{output:?}");
+}

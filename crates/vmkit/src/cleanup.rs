@@ -14,18 +14,29 @@ use crate::state::State;
 /// What the last step failed with; [`ErrorKind::TimedOut`], with the state, when `limit` passed.
 pub async fn cleanup(instance: &Instance, grace: Duration, limit: Duration) -> Result<()> {
     let own = instance.clone();
+    to_the_end(instance, limit, "cleaning up", async move { clean(&own, grace).await }).await
+}
+
+/// Does something to a machine on a task of its own, which a caller that is cancelled does not stop, within `limit`.
+pub(crate) async fn to_the_end(
+    instance: &Instance,
+    limit: Duration,
+    doing: &'static str,
+    work: impl Future<Output = Result<()>> + Send + 'static,
+) -> Result<()> {
+    let own = instance.clone();
     let task = tokio::spawn(async move {
-        match tokio::time::timeout(limit, clean(&own, grace)).await {
+        match tokio::time::timeout(limit, work).await {
             Ok(result) => result,
             Err(_) => {
                 let state = own.state();
-                let message = format!("cleaning up took longer than {limit:?}, and the machine is {state}");
+                let message = format!("{doing} took longer than {limit:?}, and the machine is {state}");
                 Err(Error::new(ErrorKind::TimedOut, message).on(own.id().as_str()).while_in(state))
             }
         }
     });
     task.await.unwrap_or_else(|lost| {
-        let error = Error::new(ErrorKind::Cancelled, "the runtime that cleans up has shut down");
+        let error = Error::new(ErrorKind::Cancelled, format!("{doing} ended with the runtime that did it"));
         Err(error.on(instance.id().as_str()).caused_by(lost))
     })
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::cleanup::cleanup;
+use crate::cleanup::{cleanup, to_the_end};
 use crate::console::ConsoleSinks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::instance::Instance;
@@ -21,20 +21,7 @@ use crate::properties::Properties;
 /// not provably new: it is removed again. [`ErrorKind::TimedOut`], with the state, when `limit` passed.
 pub async fn reset(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
     let own = instance.clone();
-    let task = tokio::spawn(async move {
-        match tokio::time::timeout(limit, renew(&own, console, limit)).await {
-            Ok(result) => result,
-            Err(_) => {
-                let state = own.state();
-                let message = format!("the reset took longer than {limit:?}, and the machine is {state}");
-                Err(Error::new(ErrorKind::TimedOut, message).on(own.id().as_str()).while_in(state))
-            }
-        }
-    });
-    task.await.unwrap_or_else(|lost| {
-        let error = Error::new(ErrorKind::Cancelled, "the runtime that resets has shut down");
-        Err(error.on(instance.id().as_str()).caused_by(lost))
-    })
+    to_the_end(instance, limit, "resetting", async move { renew(&own, console, limit).await }).await
 }
 
 async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 /// How long a turn lasts at most.
 const HOLD: Duration = Duration::from_millis(50);
@@ -40,6 +40,17 @@ struct State {
 #[derive(Debug)]
 struct Turn {
     turns: Arc<Turns>,
+    since: Instant,
+}
+
+impl Turn {
+    fn new(turns: &Arc<Turns>) -> Turn {
+        Turn { turns: turns.clone(), since: Instant::now() }
+    }
+
+    fn ends(&self) -> Instant {
+        self.since + HOLD
+    }
 }
 
 impl Turns {
@@ -73,7 +84,7 @@ impl Turns {
             let mut state = self.state();
             if state.free > 0 {
                 state.free -= 1;
-                return Some(Turn { turns: self.clone() });
+                return Some(Turn::new(self));
             }
             let (pass, turn) = oneshot::channel();
             state.waiting[want as usize].push_back(pass);
@@ -98,7 +109,7 @@ impl Drop for Turn {
         };
         if let Some(next) = next {
             // One that is not received any more passes itself on.
-            let _ = next.send(Turn { turns: self.turns.clone() });
+            let _ = next.send(Turn::new(&self.turns));
         }
     }
 }
@@ -107,7 +118,7 @@ impl Drop for Turn {
 #[derive(Debug)]
 pub(crate) struct Place {
     turns: Arc<Turns>,
-    last: Mutex<(Weak<Turn>, Instant)>,
+    last: Mutex<Weak<Turn>>,
 }
 
 impl Place {
@@ -116,7 +127,7 @@ impl Place {
     }
 
     fn among(turns: Arc<Turns>) -> Place {
-        Place { turns, last: Mutex::new((Weak::new(), Instant::now())) }
+        Place { turns, last: Mutex::default() }
     }
 
     /// Does this when it is its turn.
@@ -124,12 +135,12 @@ impl Place {
     /// # Cancel safety
     /// Dropped at any instant, it gives up its place or its turn.
     pub async fn take<T>(&self, want: Want, work: impl Future<Output = T>) -> T {
-        let turn = self.turn(want).await;
+        let Some(turn) = self.turn(want).await else { return work.await };
         tokio::pin!(work);
         tokio::select! {
             biased;
             done = &mut work => done,
-            () = sleep(HOLD) => {
+            () = sleep_until(turn.ends()) => {
                 drop(turn);
                 work.await
             }
@@ -138,15 +149,12 @@ impl Place {
 
     async fn turn(&self, want: Want) -> Option<Arc<Turn>> {
         let last = || self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = {
-            let (turn, since) = &*last();
-            turn.upgrade().filter(|_| since.elapsed() < HOLD)
-        };
+        let shared = last().upgrade().filter(|turn| Instant::now() < turn.ends());
         if shared.is_some() {
             return shared;
         }
         let turn = Arc::new(self.turns.take(want).await?);
-        *last() = (Arc::downgrade(&turn), Instant::now());
+        *last() = Arc::downgrade(&turn);
         Some(turn)
     }
 }
@@ -155,6 +163,7 @@ impl Place {
 mod tests {
     use super::*;
     use tokio::task::yield_now;
+    use tokio::time::sleep;
 
     /// Machines that share so many turns.
     fn places(turns: usize, count: usize) -> Vec<Arc<Place>> {

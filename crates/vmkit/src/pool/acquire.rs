@@ -50,7 +50,8 @@ impl Acquire {
         Acquire { pool, binding, labels, key: None, holder: None, limit: None, timeout }
     }
 
-    /// Sets how long it waits at most; with zero it does not wait, and fails. At its end the error says why, and when it is tried next.
+    /// Sets how long it waits at most; with zero it does not wait, and fails. At its end the error says why, and when it is
+    /// tried next.
     pub fn timeout(mut self, timeout: Duration) -> Acquire {
         self.timeout = timeout;
         self
