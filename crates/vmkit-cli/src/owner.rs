@@ -75,8 +75,17 @@ impl Owner {
 
     /// The machine is gone, or is to stay: nobody needs to look after it.
     pub fn release(self) {
-        if let Some((_file, path)) = self.held {
+        if let Some((_, path)) = &self.held {
             let _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        if let Some((file, _)) = &self.held {
+            // Closing is not enough: a child that is being made has a copy of every descriptor until its `exec`.
+            let _ = flock(file, FlockOperation::Unlock);
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::progress::Cancel;
 /// A lock on a file, which the kernel gives back when its holder ends, however it ends.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -45,7 +45,7 @@ impl Lock {
         // Asked again and again, because a blocking flock cannot be cancelled.
         loop {
             match flock(&file, operation) {
-                Ok(()) => return Ok(Lock { _file: file }),
+                Ok(()) => return Ok(Lock { file }),
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}
                 Err(error) => return Err(failed(error.into())),
             }
@@ -56,5 +56,12 @@ impl Lock {
             cancel.check()?;
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough: a child that is being made has a copy of every descriptor until its `exec`.
+        let _ = flock(&self.file, FlockOperation::Unlock);
     }
 }

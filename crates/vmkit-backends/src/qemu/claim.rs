@@ -5,14 +5,15 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::fs::FlockOperation;
 use vmkit::{Error, ErrorKind, Id, Result};
+
+use super::lock::FileLock;
 
 /// A pool's name, held by this process until it is dropped. Child processes do not inherit it: the standard library opens
 /// files so that `exec` closes them.
 #[derive(Debug)]
-pub struct PoolClaim(#[expect(dead_code, reason = "its lock is what counts")] File);
+pub struct PoolClaim(#[cfg_attr(not(test), expect(dead_code, reason = "its lock is what counts"))] FileLock);
 
 impl PoolClaim {
     /// # Errors
@@ -21,22 +22,15 @@ impl PoolClaim {
         let failed = |error: io::Error| Error::io(format!("the lock {} cannot be taken", path.display()), error);
         // The file stays: one that is removed while another waits for it would be two locks of one name.
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-        loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => break,
-                Err(Errno::INTR) => {}
-                Err(Errno::WOULDBLOCK) => {
-                    let holder = fs::read_to_string(path).unwrap_or_default();
-                    let holder = match holder.trim() {
-                        "" => "another process".to_owned(),
-                        pid => format!("process {pid}"),
-                    };
-                    return Err(Error::new(ErrorKind::Busy, format!("the pool {name} is in use by {holder}"))
-                        .hint("close that pool first, or choose another name"));
-                }
-                Err(error) => return Err(failed(error.into())),
-            }
-        }
+        let Some(file) = FileLock::try_take(file, FlockOperation::NonBlockingLockExclusive).map_err(failed)? else {
+            let holder = fs::read_to_string(path).unwrap_or_default();
+            let holder = match holder.trim() {
+                "" => "another process".to_owned(),
+                pid => format!("process {pid}"),
+            };
+            return Err(Error::new(ErrorKind::Busy, format!("the pool {name} is in use by {holder}"))
+                .hint("close that pool first, or choose another name"));
+        };
         // For people only, so a full disk is no reason not to have a pool.
         let _ = file.set_len(0).and_then(|()| file.write_all_at(std::process::id().to_string().as_bytes(), 0));
         Ok(PoolClaim(file))
@@ -57,10 +51,13 @@ mod tests {
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         // A child that lives on keeps nothing.
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        // One that is being made has copies of our descriptors, for a moment.
+        let copy = first.0.try_clone().unwrap();
         drop(first);
         let again = PoolClaim::take(&path, &name);
         child.kill().unwrap();
         child.wait().unwrap();
+        drop(copy);
         assert!(again.is_ok(), "{again:?}");
     }
 }

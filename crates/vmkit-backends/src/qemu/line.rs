@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::FlockOperation;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -15,6 +15,7 @@ use vmkit::{Binding, CommandSpec, Error, ErrorKind, ExitStatus, GuestOps, GuestP
 use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Exit, Fork};
 
 use super::args::{LINES, line_socket};
+use super::lock::FileLock;
 use super::socket;
 use super::turns::{Place, Want};
 
@@ -34,8 +35,8 @@ pub(crate) struct Line {
 #[derive(Clone, Debug)]
 struct Session {
     client: Client,
-    /// Held for as long as the session and its commands: the line is ours among all processes.
-    port: Arc<File>,
+    /// FileLock for as long as the session and its commands: the line is ours among all processes.
+    port: Arc<FileLock>,
 }
 
 impl Line {
@@ -107,7 +108,7 @@ fn silent() -> Error {
 /// A line that QEMU listens on and that is ours; nothing was said on it.
 pub(crate) struct Wire {
     stream: UnixStream,
-    port: File,
+    port: FileLock,
 }
 
 async fn begin(dir: &Path, patience: Duration) -> Result<Session> {
@@ -147,7 +148,7 @@ async fn connect(dir: &Path, patience: Duration) -> Result<Wire> {
 }
 
 /// A line that no other process has.
-fn claim(dir: &Path, line: usize) -> Result<Option<File>> {
+fn claim(dir: &Path, line: usize) -> Result<Option<FileLock>> {
     let path = dir.join(format!("agent.{line}.lock"));
     let failed = |error: std::io::Error| match error.kind() {
         // Not to be taken for a program that is not there.
@@ -155,11 +156,7 @@ fn claim(dir: &Path, line: usize) -> Result<Option<File>> {
         _ => Error::io(format!("the line {} cannot be taken", path.display()), error),
     };
     let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(None),
-        Err(error) => Err(failed(error.into())),
-    }
+    FileLock::try_take(file, FlockOperation::NonBlockingLockExclusive).map_err(failed)
 }
 
 /// An error of the agent's client as one of ours.
@@ -244,7 +241,7 @@ fn request(command: CommandSpec) -> Result<ExecRequest> {
 
 struct Control {
     exec: ExecControl,
-    _port: Arc<File>,
+    _port: Arc<FileLock>,
 }
 
 impl ProcessControl for Control {

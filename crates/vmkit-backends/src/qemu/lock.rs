@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,10 +18,43 @@ use vmkit::{Action, Error, Result};
 const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_millis(50);
 
+/// A file and the `flock` on it, which is given back when this is dropped. Closing the file is not enough for that: a child that
+/// is being made has a copy of every descriptor until its `exec`.
+#[derive(Debug)]
+pub(crate) struct FileLock(File);
+
+impl FileLock {
+    /// Locks it, unless somebody else has it: then `None`.
+    pub(crate) fn try_take(file: File, operation: FlockOperation) -> io::Result<Option<FileLock>> {
+        loop {
+            match flock(&file, operation) {
+                Ok(()) => return Ok(Some(FileLock(file))),
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Deref for FileLock {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 /// A machine's lock, held.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    file: File,
+    file: FileLock,
     path: PathBuf,
 }
 
@@ -56,12 +90,9 @@ impl Lock {
         loop {
             let file =
                 File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => return Ok(None),
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(failed(error.into())),
-            }
+            let Some(file) = FileLock::try_take(file, FlockOperation::NonBlockingLockExclusive).map_err(failed)? else {
+                return Ok(None);
+            };
             // The last holder removes the file of a machine that is gone: then this is a lock on nothing.
             let held = file.metadata().map_err(failed)?;
             match fs::metadata(path) {
@@ -105,8 +136,9 @@ pub(crate) enum Holder {
 /// Looks without holding it longer than for this look.
 pub(crate) fn holder(path: &Path) -> Holder {
     let Ok(file) = File::open(path) else { return Holder::Free };
-    let free = flock(&file, FlockOperation::NonBlockingLockShared).is_ok();
-    match (read(&file), free) {
+    let doing = read(&file);
+    let free = matches!(FileLock::try_take(file, FlockOperation::NonBlockingLockShared), Ok(Some(_)));
+    match (doing, free) {
         (None, _) => Holder::Free,
         (Some(action), true) => Holder::Died(action),
         (Some(action), false) => Holder::Busy(action),

@@ -30,7 +30,7 @@ use super::args::{Begin, args};
 use super::driver::TemplateUse;
 use super::host::HostFacts;
 use super::layout::{self, DISK, MEMORY, SERIAL, STATE};
-use super::lock::Lock;
+use super::lock::{FileLock, Lock};
 use super::{Accelerator, Qemu, QemuConfig, image};
 
 const RECORD: &str = "template.json";
@@ -72,7 +72,7 @@ pub struct TemplateInfo {
 pub(crate) struct Template {
     dir: PathBuf,
     pub info: TemplateInfo,
-    _hold: File,
+    _hold: FileLock,
 }
 
 impl Template {
@@ -159,7 +159,7 @@ impl Templates {
         let dir = self.dir.join(key);
         let hold = File::open(dir.join(RECORD)).ok()?;
         // Whoever removes it holds it alone.
-        flock(&hold, FlockOperation::NonBlockingLockShared).ok()?;
+        let hold = FileLock::try_take(hold, FlockOperation::NonBlockingLockShared).ok()??;
         let info: TemplateInfo = layout::read_json(&dir.join(RECORD))?;
         let whole = info.version == VERSION && [MEMORY, STATE].iter().all(|file| dir.join(file).is_file());
         whole.then_some(Template { dir, info, _hold: hold })
@@ -303,6 +303,7 @@ impl Templates {
         let lock = Lock::take(&self.dir.join(".locks").join(id.as_str()), Action::Delete).await?.lock;
         // Forks that begin just now hold it for milliseconds.
         if let Ok(record) = File::open(dir.join(RECORD)) {
+            // The lock goes with the file, which nobody finds any more then.
             while flock(&record, FlockOperation::NonBlockingLockExclusive).is_err() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
