@@ -9,7 +9,7 @@ use vmkit::{Error as VmkitError, ErrorKind};
 
 use crate::error::Result;
 use crate::ours::{CLEANUP, FILLS, Ours, PROCESS, WARM, run, say};
-use crate::samples::{median, ms};
+use crate::samples::{median, ms, rank};
 
 /// How many there are to compare with.
 pub const FEW: usize = 10;
@@ -81,13 +81,12 @@ impl Ours {
                 held.push(lease);
             }
             took.sort_by(f64::total_cmp);
-            let p99 = took[(took.len() * 99).div_ceil(100).saturating_sub(1)];
             Ok(Crowd {
                 machines,
                 ready_s,
                 answered: held.len(),
                 acquire_median_ms: median(&took),
-                acquire_p99_ms: p99,
+                acquire_p99_ms: rank(&took, 99),
                 unique_mib: median(&unique),
                 host_mib,
             })

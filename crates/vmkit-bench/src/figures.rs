@@ -84,6 +84,8 @@ pub const OURS: &[Figure] = &[
         "100 acquires at once from 100 running, warm machines, to a process's answer",
     ),
     figure("burst_p99", Some("process_warm"), Some(Target::Ratio(70.0)), "the same, the slowest but one"),
+    figure("burst_median_bare", Some("burst_median"), None, "burst_median by what bare QEMU takes for a hundred"),
+    figure("burst_p99_bare", Some("burst_p99"), None, "burst_p99 by the same"),
     figure("burst_success", None, None, "the same, how many succeeded, percent"),
     figure("clone", None, None, "create and clone"),
     figure("delete", None, None, "forced stop and delete"),
@@ -108,6 +110,10 @@ pub const FLOOR: &[(&str, &str)] = &[
     ("process_beside", "a process's answer beside a full running pool, before each acquire"),
     ("forks_per_s", "throw-away machines a second, two at a time"),
     ("paused_unique_mib", "MiB that a forked and paused machine has for itself"),
+    ("burst_median", "100 running, warm machines, all asked for a process at once"),
+    ("burst_p99", "the same, the slowest but one"),
+    ("burst_turns_median", "the same, asked as many at a time as there are processors"),
+    ("burst_turns_p99", "the same, the slowest but one"),
     ("out_mib_s", "MiB a second out of the guest"),
 ];
 

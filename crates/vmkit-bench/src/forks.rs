@@ -1,6 +1,6 @@
 //! vmkit's own figures: forks of templates, one at a time and many.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::future::{join_all, try_join_all};
 use vmkit::pool::{Pool, Staging};
@@ -8,12 +8,12 @@ use vmkit::{ConsoleSinks, Error as VmkitError, Id};
 
 use crate::error::Result;
 use crate::ours::{CLEANUP, FILLS, Ours, PROCESS, REPEATS, WARM, remove, run, say};
-use crate::samples::{Samples, ms};
+use crate::samples::{Samples, ms, rank};
 
 /// Throw-away machines in a round, how many at a time, and how many the pool keeps ready for them.
 const CHURN: (usize, usize, usize) = (40, 2, 2);
 /// Machines that are acquired at once.
-const BURST: usize = 100;
+pub(crate) const BURST: usize = 100;
 
 impl Ours {
     /// What [`fork`](Ours::fork) measures.
@@ -115,12 +115,12 @@ impl Ours {
                 Ok::<_, VmkitError>((clock.elapsed(), lease))
             };
             let answers = join_all((0..BURST).map(|_| one())).await;
-            let mut took: Vec<Duration> = answers.iter().flatten().map(|(took, _)| *took).collect();
-            took.sort_unstable();
+            let mut took: Vec<f64> = answers.iter().flatten().map(|(took, _)| ms(*took)).collect();
+            took.sort_by(f64::total_cmp);
             samples.add("burst_success", took.len() as f64 * 100.0 / BURST as f64);
-            if let (Some(median), Some(p99)) = (took.get(took.len() / 2), took.get(took.len().saturating_sub(2))) {
-                samples.add("burst_median", ms(*median));
-                samples.add("burst_p99", ms(*p99));
+            if !took.is_empty() {
+                samples.add("burst_median", rank(&took, 50));
+                samples.add("burst_p99", rank(&took, 99));
             }
             match answers.into_iter().find_map(|answer| answer.err()) {
                 Some(error) if took.is_empty() => Err(error),

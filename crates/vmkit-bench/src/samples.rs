@@ -31,6 +31,13 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// The percentile of values that are in order, a nearest rank: the smallest that so many percent of all do not exceed; of none not
+/// a number.
+pub fn rank(sorted: &[f64], percent: usize) -> f64 {
+    let at = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
+    sorted.get(at).copied().unwrap_or(f64::NAN)
+}
+
 /// In milliseconds.
 pub fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
@@ -46,6 +53,14 @@ mod tests {
         assert_eq!(median(&[9.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 900.0, 2.0]), 3.0);
         assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn percentiles_are_nearest_ranks() {
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!([50, 99, 100].map(|percent| rank(&hundred, percent)), [50.0, 99.0, 100.0]);
+        assert_eq!([0, 50, 99].map(|percent| rank(&[7.0], percent)), [7.0; 3]);
+        assert!(rank(&[], 50).is_nan());
     }
 
     #[test]

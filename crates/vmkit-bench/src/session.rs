@@ -179,6 +179,9 @@ impl Session {
             ours.churn(&mut report.ours)?;
         }
         // Once: a hundred machines take their time to get ready.
+        if first && wanted.floor(Floor::BURST) {
+            floor.burst(&mut report.floor)?;
+        }
         if first && wanted.ours(Ours::BURST) {
             ours.burst(&mut report.ours)?;
         }

@@ -13,6 +13,7 @@
 //!
 //! Every process is killed, and its directory removed, when its handle is dropped.
 
+mod burst;
 mod cpio;
 mod guest;
 mod qemu;
@@ -250,22 +251,11 @@ impl Floor {
     /// As [`boot`](Floor::boot).
     pub fn crowd(&mut self, samples: &mut Samples) -> Result<()> {
         self.need_template(samples)?;
-        let next = AtomicUsize::new(0);
-        let worker = || -> Result<()> {
-            while next.fetch_add(1, Ordering::Relaxed) < CHURN.0 {
-                let mut vm = self.forked()?;
-                vm.expect(PROCESS.0, PROCESS.1)?;
-                vm.quit()?;
-            }
-            Ok(())
-        };
         let clock = Instant::now();
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..CHURN.1).map(|_| scope.spawn(worker)).collect();
-            workers.into_iter().try_for_each(|worker| match worker.join() {
-                Ok(result) => result,
-                Err(panic) => std::panic::resume_unwind(panic),
-            })
+        burst::at_a_time(CHURN.1, vec![(); CHURN.0], |()| {
+            let mut vm = self.forked()?;
+            vm.expect(PROCESS.0, PROCESS.1)?;
+            vm.quit()
         })?;
         samples.add("forks_per_s", CHURN.0 as f64 / clock.elapsed().as_secs_f64());
 
