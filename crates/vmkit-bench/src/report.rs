@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde_json::{Map, Value, json};
 
-use crate::figures::{FLOOR, Figure, OURS, Target};
+use crate::figures::{FLOOR, Figure, OURS, Target, shown};
 use crate::samples::Samples;
 
 /// What was measured in one run.
@@ -39,10 +39,15 @@ impl Report {
         }
     }
 
+    /// A figure of ours, its own or the one that its row shows.
+    fn ours(&self, figure: &Figure) -> Option<f64> {
+        self.ours.median(shown(figure.name))
+    }
+
     /// A figure of ours by the floor's.
     fn ratio(&self, figure: &Figure) -> Option<f64> {
         let floor = self.floor(figure.floor?)?;
-        Some(self.ours.median(figure.name)? / floor)
+        Some(self.ours(figure)? / floor)
     }
 
     /// Whether a figure reaches its target; none without one, and when it was not measured.
@@ -96,7 +101,7 @@ impl Report {
         table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(["FIGURE", "OURS", "FLOOR", "RATIO", "TARGET", "", "WHAT"]);
         for figure in OURS {
-            let ours = self.ours.median(figure.name);
+            let ours = self.ours(figure);
             if ours.is_some() {
                 let floor = figure.floor.and_then(|name| self.floor(name));
                 let verdict = self.reached(figure).map_or("", |reached| if reached { "ok" } else { "over" });
