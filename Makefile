@@ -22,7 +22,7 @@ agent: ## build the guest agent, static and small
 	  cargo build $(CARGO_FLAGS) --quiet --profile agent -p vmkit-agent --bin vmkit-agent --target $(HOST)
 
 build: agent ## build vmkit
-	@cargo build $(CARGO_FLAGS) --quiet --release -p vmkit-cli -p vmkit-bench
+	@cargo build $(CARGO_FLAGS) --quiet --release -p vmkit-cli
 	@ln -f "$(AGENT)" "$(TARGET_DIR)/release/vmkit-agent" 2>/dev/null || cp -f "$(AGENT)" "$(TARGET_DIR)/release/vmkit-agent"
 
 run: setup build ## run a command in a throw-away VM: make run CMD='uname -a'
@@ -38,7 +38,7 @@ check: setup build ## what CI runs: format, lints, docs, every test, dependencie
 	@scripts/check.sh
 
 bench: setup build ## our figures beside bare QEMU's, from the same run
-	@$(TARGET_DIR)/release/vmkit-bench $(BENCH_FLAGS)
+	@$(BIN) bench $(BENCH_FLAGS)
 
 clean: ## remove what was built
 	@cargo clean --quiet

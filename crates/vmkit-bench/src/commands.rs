@@ -22,6 +22,7 @@ const FORKS: usize = 3;
 #[derive(Debug)]
 pub struct Commands {
     program: PathBuf,
+    dir: PathBuf,
     /// Where it finds images and machines, and how its guests execute.
     environment: Vec<(&'static str, OsString)>,
     stop: Stop,
@@ -33,18 +34,14 @@ impl Commands {
     /// What [`states`](Commands::states) measures.
     pub const STATES: &[&str] = &["states_ms"];
 
-    /// The command that `VMKIT_BIN` names, else the one beside the running program.
+    /// The command that is this program, in a directory where a sweep finds it.
     ///
     /// # Errors
-    /// When it is not there.
-    pub fn find(environment: Vec<(&'static str, OsString)>, stop: Stop) -> Result<Commands> {
-        let named = std::env::var_os("VMKIT_BIN").filter(|path| !path.is_empty()).map(PathBuf::from);
-        let beside = || std::env::current_exe().unwrap_or_default().with_file_name("vmkit");
-        let program = named.unwrap_or_else(beside);
-        match program.is_file() {
-            true => Ok(Commands { program, environment, stop }),
-            false => Err(Error::NoCommand(program)),
-        }
+    /// When this program's file cannot be told.
+    pub fn new(dir: PathBuf, environment: Vec<(&'static str, OsString)>, stop: Stop) -> Result<Commands> {
+        let program = std::env::current_exe()
+            .map_err(|error| vmkit::Error::io("the file of this program cannot be found", error))?;
+        Ok(Commands { program, dir, environment, stop })
     }
 
     /// A fresh machine for one process, deleted: forked, and booted.
@@ -82,7 +79,7 @@ impl Commands {
     /// Milliseconds from the start of the process to its end.
     async fn execute(&self, args: &[&str]) -> Result<f64> {
         let mut command = Command::new(&self.program);
-        command.args(args).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command.args(args).current_dir(&self.dir).envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // A Ctrl-C at the terminal is for the bench, which passes it on once.
         command.process_group(0).kill_on_drop(true);

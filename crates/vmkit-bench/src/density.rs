@@ -58,7 +58,7 @@ impl Ours {
             loop {
                 let ready = pool.status().await.counts.ready.sum();
                 if ready / 100 > shown / 100 {
-                    eprintln!("vmkit-bench: {ready} machines are ready");
+                    self.tell.note(&format!("{ready} machines are ready"));
                 }
                 shown = ready;
                 if ready == machines {
@@ -106,13 +106,24 @@ fn available() -> vmkit::Result<u64> {
     kib.map(|kib| kib / 1024).ok_or_else(|| VmkitError::new(ErrorKind::Unsupported, "this kernel has no MemAvailable"))
 }
 
-/// The crowds, for machines.
-pub fn json(crowds: &[Crowd]) -> serde_json::Value {
-    serde_json::json!({ "density": crowds })
+/// Few of them, and many, to compare.
+#[derive(Clone, Debug, Serialize)]
+pub struct Crowds {
+    density: Vec<Crowd>,
 }
 
-/// The crowds, as a table.
-pub fn table(crowds: &[Crowd]) -> String {
+impl Crowds {
+    pub(crate) fn new(density: Vec<Crowd>) -> Crowds {
+        Crowds { density }
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        table(&self.density)
+    }
+}
+
+fn table(crowds: &[Crowd]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(["MACHINES", "READY IN S", "ANSWERED", "ACQUIRE MS", "P99 MS", "UNIQUE MIB", "HOST MIB"]);
@@ -145,11 +156,12 @@ mod tests {
     #[test]
     fn crowds_are_shown_side_by_side() {
         let crowds = [crowd(10), crowd(500)];
-        let text = table(&crowds);
+        let crowds = Crowds::new(crowds.into());
+        let text = crowds.text();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3, "{text}");
         assert!(lines[0].contains("ACQUIRE MS") && lines[2].contains("500") && lines[2].contains("19.5"), "{text}");
-        assert_eq!(json(&crowds)["density"][1]["machines"], 500);
+        assert_eq!(serde_json::to_value(&crowds).unwrap()["density"][1]["machines"], 500);
     }
 
     #[test]

@@ -205,6 +205,47 @@ mod tests {
     }
 
     #[test]
+    fn what_others_read_by_name_is_there() {
+        for name in [
+            "cold_boot",
+            "fork_process",
+            "run_process",
+            "suspend",
+            "suspend_fsync",
+            "resume",
+            "acquire_running",
+            "churn_per_s",
+            "unique_mib",
+            "burst_median",
+            "burst_p99",
+            "burst_success",
+            "process_warm",
+            "out_mib_s",
+            "in_mib_s",
+        ] {
+            assert!(ours(name).is_some_and(|figure| shown(figure.name) == name), "{name}");
+        }
+        for name in [
+            "qmp_ready",
+            "cold_boot",
+            "template_save",
+            "fork_total",
+            "fork_load",
+            "resume_paused",
+            "suspend",
+            "resume_disk",
+            "fork_process",
+            "process_warm",
+            "forks_per_s",
+            "paused_unique_mib",
+            "exec_warm",
+            "out_mib_s",
+        ] {
+            assert_eq!(parts(name), [name]);
+        }
+    }
+
+    #[test]
     fn what_is_wanted_brings_what_it_is_held_against() {
         let wanted = Wanted::new(vec!["run_process".into()], true);
         assert!(wanted.ours(&["states_ms", "run_process"]) && !wanted.ours(&["cold_boot"]));

@@ -1,6 +1,7 @@
 //! vmkit's own figures: the library's, as a program has them that uses it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
@@ -11,6 +12,7 @@ use vmkit_backends::qemu::{Accelerator, Qemu, QemuConfig};
 
 use crate::error::{Error, Result};
 use crate::samples::{Samples, ms};
+use crate::session::Tell;
 use crate::stop::Stop;
 
 /// Short measurements are made this often in each round.
@@ -28,6 +30,7 @@ pub(crate) const CLEANUP: Duration = Duration::from_secs(60);
 pub struct Ours {
     pub(crate) runtime: Runtime,
     pub(crate) stop: Stop,
+    pub(crate) tell: Arc<dyn Tell>,
     /// Its fresh machines are forks of templates.
     pub(crate) forks: Host<Qemu>,
     /// Suspends by writing files, as the floor does.
@@ -62,6 +65,7 @@ impl Ours {
         memory_mib: u64,
         accelerator: Accelerator,
         stop: Stop,
+        tell: Arc<dyn Tell>,
     ) -> Result<Ours> {
         // As the command has it.
         let runtime = Builder::new_current_thread().enable_all().build();
@@ -71,7 +75,7 @@ impl Ours {
         let forks = QemuConfig { templates: Some(templates.to_owned()), ..config.clone() };
         let [host, durable, forks] = [config, durable, forks].map(|config| Qemu::new(config).map(Host::new));
         let spec = Spec::new(Source::Boot(image)).memory_mib(memory_mib);
-        Ok(Ours { runtime, stop, forks: forks?, host: host?, durable: durable?, spec, made: 0, parked: None })
+        Ok(Ours { runtime, stop, tell, forks: forks?, host: host?, durable: durable?, spec, made: 0, parked: None })
     }
 
     /// QEMU's program, and whether guests execute with KVM.
@@ -291,7 +295,7 @@ impl Drop for Ours {
             Ok::<_, VmkitError>(())
         });
         if let Err(error) = removed {
-            eprintln!("warning: a machine could not be removed: {error}");
+            self.tell.warn(&format!("a machine could not be removed: {error}"));
         }
     }
 }

@@ -2,8 +2,10 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde_json::{Map, Value, json};
+use vmkit::ErrorKind;
 
 use crate::figures::{FLOOR, Figure, OURS, Target, shown};
+use crate::plot;
 use crate::samples::Samples;
 
 /// What was measured in one run.
@@ -13,17 +15,19 @@ pub struct Report {
     pub floor: Samples,
     /// vmkit's own.
     pub ours: Samples,
+    /// How guests executed: `tcg` or `kvm`.
+    pub accelerator: &'static str,
 }
 
-/// A figure of ours and what it is held against, milliseconds.
+/// A ratio and its limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Bar {
-    /// Its name.
+pub(crate) struct Bar {
+    /// The figure's name.
     pub name: &'static str,
-    /// Ours.
-    pub ours: f64,
-    /// Bare QEMU's.
-    pub floor: f64,
+    /// Ours by the floor's.
+    pub ratio: f64,
+    /// What is to be reached.
+    pub target: Target,
 }
 
 impl Report {
@@ -67,18 +71,21 @@ impl Report {
         OURS.iter().filter(over).map(|figure| figure.name).collect()
     }
 
-    /// What both have in milliseconds and somebody waits for, in the order in which it is shown.
-    pub fn bars(&self) -> Vec<Bar> {
-        let waits = |figure: &&Figure| {
-            matches!(figure.target, Some(Target::Ratio(_)))
-                && figure.name != "unique_mib"
-                && !figure.name.starts_with("burst")
-        };
+    /// The ratios that have a limit, as SVG.
+    ///
+    /// # Errors
+    /// When it cannot be drawn.
+    pub fn plot(&self) -> vmkit::Result<String> {
+        let title = format!("What vmkit takes by what bare QEMU takes ({}, medians)", self.accelerator.to_uppercase());
+        plot::draw(&self.bars(), &title).map_err(|why| vmkit::Error::new(ErrorKind::Io, why).hint("leave --svg out"))
+    }
+
+    fn bars(&self) -> Vec<Bar> {
         let bar = |figure: &Figure| {
-            let (ours, floor) = (self.ours.median(figure.name)?, self.floor(figure.floor?)?);
-            Some(Bar { name: figure.name, ours, floor })
+            let target = figure.target.filter(|target| !matches!(target, Target::Milliseconds(_)))?;
+            Some(Bar { name: figure.name, ratio: self.ratio(figure)?, target })
         };
-        OURS.iter().filter(waits).filter_map(bar).collect()
+        OURS.iter().filter_map(bar).collect()
     }
 
     /// `{"floor": {…}, "ours": {…}, "ratio": {…}}`, each by the figure's name: medians, milliseconds unless the name says
@@ -184,6 +191,8 @@ mod tests {
 
     #[test]
     fn only_ratios_are_over() {
+        let bars: Vec<_> = report().bars().iter().map(|bar| bar.name).collect();
+        assert_eq!(bars, ["cold_boot", "run_boot", "process_warm", "churn_per_s"]);
         assert_eq!(report().over(), ["run_boot", "churn_per_s"]);
         assert!(Report::default().over().is_empty());
     }

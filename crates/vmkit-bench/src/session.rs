@@ -2,19 +2,21 @@
 
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
+use vmkit::Error as VmkitError;
 use vmkit::pool::Staging;
-use vmkit::{Error as VmkitError, ErrorKind};
 use vmkit_backends::qemu::Accelerator;
 use vmkit_image::{Agent, Hold, Store};
 
 use crate::commands::Commands;
-use crate::density::{Crowd, FEW};
+use crate::density::{Crowds, FEW};
 use crate::error::{Error, Result};
 use crate::figures::Wanted;
 use crate::floor::{Config, Floor, Guest};
 use crate::ours::Ours;
+use crate::place::Place;
 use crate::report::Report;
 use crate::stop::Stop;
 
@@ -27,7 +29,7 @@ const WARM: usize = 25;
 const BESIDE: usize = 5;
 
 /// What is to be done in a run.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Plan {
     /// How many rounds.
     pub runs: u32,
@@ -35,19 +37,18 @@ pub struct Plan {
     pub wanted: Wanted,
     /// How guests execute.
     pub accelerator: Accelerator,
-    /// Where images are kept.
-    pub state_dir: Option<PathBuf>,
+    /// The state directory: images are kept there, and while it lasts a directory of the run's own.
+    pub state_dir: PathBuf,
+    /// Who hears how far it is.
+    pub tell: Arc<dyn Tell>,
 }
 
-impl Plan {
-    /// How guests execute, in a word.
-    pub fn accelerator_name(&self) -> &'static str {
-        match self.accelerator {
-            Accelerator::Tcg => "TCG",
-            Accelerator::Kvm => "KVM",
-            Accelerator::Auto => "auto",
-        }
-    }
+/// Who hears how far a run is.
+pub trait Tell {
+    /// A remark.
+    fn note(&self, text: &str);
+    /// Something that went wrong and does not end the run.
+    fn warn(&self, text: &str);
 }
 
 /// What is measured, and what it needs. The order is that in which it ends: processes before the directory they are in.
@@ -55,20 +56,21 @@ struct Session {
     floor: Floor,
     ours: Ours,
     commands: Option<Commands>,
+    accelerator: &'static str,
     /// No image is removed meanwhile.
     _hold: Hold,
-    _dir: tempfile::TempDir,
+    _place: Place,
 }
 
-/// Carries out a plan, and says on standard error how far it is.
+/// Carries out a plan.
 ///
 /// # Errors
 /// When something is missing, QEMU or vmkit fail, or on an interruption. Nothing is left then either.
 pub fn measure(plan: &Plan, stop: &Stop) -> Result<Report> {
     let mut session = Session::prepare(plan, stop)?;
-    let mut report = Report::default();
+    let mut report = Report { accelerator: session.accelerator, ..Report::default() };
     for round in 1..=plan.runs {
-        eprintln!("vmkit-bench: round {round} of {}", plan.runs);
+        plan.tell.note(&format!("round {round} of {}", plan.runs));
         session.round(&plan.wanted, round == 1, stop, &mut report)?;
     }
     Ok(report)
@@ -78,34 +80,35 @@ pub fn measure(plan: &Plan, stop: &Stop) -> Result<Report> {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn density(plan: &Plan, stop: &Stop, machines: usize) -> Result<Vec<Crowd>> {
+pub fn density(plan: &Plan, stop: &Stop, machines: usize) -> Result<Crowds> {
     let plan =
         Plan { wanted: Wanted::new(Ours::BURST.iter().map(ToString::to_string).collect(), true), ..plan.clone() };
     let session = Session::prepare(&plan, stop)?;
-    [FEW, machines].into_iter().map(|size| session.ours.density(size)).collect()
+    let crowds = [FEW, machines].into_iter().map(|size| session.ours.density(size)).collect::<Result<_>>()?;
+    Ok(Crowds::new(crowds))
 }
 
 impl Session {
     fn prepare(plan: &Plan, stop: &Stop) -> Result<Session> {
         let agent = Agent::find(format!("protocol {}", vmkit_agent::link::VERSION))?;
-        let images = state_dir(plan.state_dir.clone())?.join("images");
+        let images = plan.state_dir.join("images");
         let store = Store::open(&images)?;
         let hold = store.hold()?;
         let image = store.ensure("base", &agent, &stop.image, &|progress| {
-            eprintln!("vmkit-bench: image base, {}: {}", progress.phase, progress.detail);
+            plan.tell.note(&format!("image base, {}: {}", progress.phase, progress.detail));
         });
         let image = image.map_err(|error| if stop.is_raised() { Error::Interrupted } else { error.into() })?;
 
         // A state directory of our own, so that nobody's machines are touched; only the images are those of always.
-        let dir = tempfile::Builder::new().prefix("vmkit-bench-").tempdir();
-        let dir = dir.map_err(|error| VmkitError::io("no temporary directory can be made", error))?;
-        let made = symlink(store.path(), dir.path().join("images"))
-            .and_then(|()| std::fs::create_dir(dir.path().join("floor")));
-        made.map_err(|error| VmkitError::io(format!("{} cannot be written to", dir.path().display()), error))?;
+        let place = Place::make(&plan.state_dir)?;
+        let dir = place.path();
+        let made = symlink(store.path(), dir.join("images")).and_then(|()| std::fs::create_dir(dir.join("floor")));
+        made.map_err(|error| VmkitError::io(format!("{} cannot be written to", dir.display()), error))?;
 
-        let guest = Guest::make(&dir.path().join("floor"), &image.kernel, &image.initramfs)?;
-        let (vms, templates) = (dir.path().join("vms"), images.join("templates"));
-        let ours = Ours::new(&vms, &templates, image, MEMORY_MIB, plan.accelerator, stop.clone())?;
+        let guest = Guest::make(&dir.join("floor"), &image.kernel, &image.initramfs)?;
+        let (vms, templates) = (dir.join("vms"), images.join("templates"));
+        let tell = plan.tell.clone();
+        let ours = Ours::new(&vms, &templates, image, MEMORY_MIB, plan.accelerator, stop.clone(), tell)?;
         // Looked up here, so that no measurement includes finding out whether KVM works.
         let (program, kvm) = ours.qemu(plan.accelerator)?;
         let accelerator = if kvm { "kvm" } else { "tcg" };
@@ -118,18 +121,18 @@ impl Session {
             kvm,
             memory_mib: MEMORY_MIB,
             guest,
-            dir: dir.path().join("floor"),
+            dir: dir.join("floor"),
             interrupted: stop.flag.clone(),
             made: AtomicUsize::new(0),
         });
         let environment = vec![
-            ("VMKIT_STATE_DIR", dir.path().as_os_str().to_owned()),
+            ("VMKIT_STATE_DIR", dir.as_os_str().to_owned()),
             ("VMKIT_AGENT", agent.path().as_os_str().to_owned()),
             ("VMKIT_ACCEL", accelerator.into()),
         ];
         let needed = plan.wanted.ours(Commands::RUN) || plan.wanted.ours(Commands::STATES);
-        let commands = needed.then(|| Commands::find(environment, stop.clone())).transpose()?;
-        Ok(Session { floor, ours, commands, _hold: hold, _dir: dir })
+        let commands = needed.then(|| Commands::new(dir.to_owned(), environment, stop.clone())).transpose()?;
+        Ok(Session { floor, ours, commands, accelerator, _hold: hold, _place: place })
     }
 
     /// One round: the floor's turns and ours alternate, so that what disturbs this machine for a while disturbs both.
@@ -224,21 +227,4 @@ fn pools(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> 
         ours.pool(staging, &mut report.ours, || Ok(()))?;
     }
     Ok(())
-}
-
-/// The state directory that `vmkit` would use.
-fn state_dir(given: Option<PathBuf>) -> Result<PathBuf> {
-    if let Some(dir) = given.filter(|dir| !dir.as_os_str().is_empty()) {
-        let absolute = std::path::absolute(&dir);
-        return Ok(absolute.map_err(|error| VmkitError::io(format!("{} cannot be read", dir.display()), error))?);
-    }
-    // The XDG rules: only an absolute path counts.
-    let from = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let state = from("XDG_STATE_HOME").or_else(|| from("HOME").map(|home| home.join(".local/state")));
-    match state {
-        Some(state) => Ok(state.join("vmkit")),
-        None => Err(VmkitError::new(ErrorKind::InvalidArgument, "neither XDG_STATE_HOME nor HOME is set")
-            .hint("say where images are to be kept: --state-dir DIR, or VMKIT_STATE_DIR")
-            .into()),
-    }
 }

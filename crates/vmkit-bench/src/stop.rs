@@ -13,19 +13,19 @@ use vmkit_image::Cancel;
 #[derive(Clone, Debug)]
 pub struct Stop {
     /// For what blocks.
-    pub flag: Arc<AtomicBool>,
+    pub(crate) flag: Arc<AtomicBool>,
     /// For making an image.
-    pub image: Cancel,
-    changes: watch::Receiver<bool>,
+    pub(crate) image: Cancel,
+    changes: watch::Receiver<Option<i32>>,
 }
 
 impl Stop {
-    /// Listens from now on.
+    /// Listens from now on. From then on the signals no longer end this process by themselves.
     ///
     /// # Errors
     /// When signals cannot be listened to.
     pub fn listen() -> io::Result<Stop> {
-        let (raise, changes) = watch::channel(false);
+        let (raise, changes) = watch::channel(None);
         let stop = Stop { flag: Arc::default(), image: Cancel::new(), changes };
         // On a thread of its own: the main one measures, and blocks.
         let runtime = Builder::new_current_thread().enable_io().build()?;
@@ -36,30 +36,35 @@ impl Stop {
         let (flag, image) = (stop.flag.clone(), stop.image.clone());
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             runtime.block_on(async {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                    _ = hangup.recv() => {}
-                }
+                let number = tokio::select! {
+                    _ = interrupt.recv() => 2,
+                    _ = terminate.recv() => 15,
+                    _ = hangup.recv() => 1,
+                };
                 flag.store(true, Ordering::Relaxed);
                 image.cancel();
                 // Kept: a sender that is gone is no signal.
-                let _ = raise.send(true);
+                let _ = raise.send(Some(number));
                 std::future::pending::<()>().await;
             });
         })?;
         Ok(stop)
     }
 
+    /// The number of the signal that raised it.
+    pub fn signal(&self) -> Option<i32> {
+        *self.changes.borrow()
+    }
+
     /// Whether it was raised.
     pub fn is_raised(&self) -> bool {
-        *self.changes.borrow()
+        self.signal().is_some()
     }
 
     /// Waits for it. Cancel-safe.
     pub async fn raised(&self) {
         let mut changes = self.changes.clone();
-        if changes.wait_for(|raised| *raised).await.is_err() {
+        if changes.wait_for(Option::is_some).await.is_err() {
             std::future::pending().await
         }
     }

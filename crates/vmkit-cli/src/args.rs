@@ -8,7 +8,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use vmkit::{Id, State};
 use vmkit_backends::qemu::Accelerator;
 
-use crate::bench::BenchCommand;
+use crate::bench::BenchArgs;
 
 /// Virtual machines, now: clone, start, execute, suspend, stop, delete.
 #[derive(Parser, Debug)]
@@ -157,11 +157,8 @@ pub enum Command {
         #[arg(long, value_enum, default_value = "text")]
         format: StatesFormat,
     },
-    /// Measure how long what vmkit does takes here
-    Bench {
-        #[command(subcommand)]
-        command: BenchCommand,
-    },
+    /// Measure what vmkit takes here, beside bare QEMU in the same run
+    Bench(BenchArgs),
     /// Check that everything that is needed is there, and say how to get what is not
     Doctor,
     /// Print completions for a shell

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use args::{Args, Command};
+use bench::{BenchArgs, BenchCommand};
 use output::{Failure, Output};
 
 fn main() -> ExitCode {
@@ -38,6 +39,10 @@ fn main() -> ExitCode {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Args::command(), "vmkit", &mut script);
             output::print_all(&script).map(|()| 0)
+        }
+        // It has a runtime of its own for each half of what it compares.
+        Command::Bench(BenchArgs { command, table }) if !matches!(command, Some(BenchCommand::Pool(_))) => {
+            bench::compare(&args, command.as_ref(), table, &output)
         }
         _ => carry_out(&args, &output),
     };
@@ -77,8 +82,12 @@ async fn dispatch(args: &Args, output: &Output) -> Result<u8, Failure> {
         Command::Console { name, follow, lines } => list::console(args, name, *follow, *lines).await,
         Command::Image { command } => image::dispatch(args, command, output).await,
         Command::Template { command } => template::dispatch(args, command, output).await,
-        Command::Bench { command } => bench::dispatch(args, command, output).await,
+        Command::Bench(BenchArgs { command: Some(BenchCommand::Pool(bench)), .. }) => {
+            bench::pool(args, bench, output).await
+        }
         Command::Doctor => doctor::doctor(args, output),
-        Command::States { .. } | Command::Completions { .. } => unreachable!("carried out without a runtime"),
+        Command::States { .. } | Command::Completions { .. } | Command::Bench(_) => {
+            unreachable!("carried out without a runtime")
+        }
     }
 }

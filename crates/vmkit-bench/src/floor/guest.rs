@@ -37,9 +37,7 @@ impl Guest {
         let modules = modules(&source).ok_or_else(|| {
             Error::Setup(format!("{} has no modules: the floor needs the image `base`", modules_from.display()))
         })?;
-        let busybox = in_path("busybox").ok_or_else(|| {
-            Error::Setup("busybox is not installed: run `make setup`, or install Debian's busybox-static".into())
-        })?;
+        let busybox = in_path("busybox").ok_or_else(|| Error::Missing("busybox".into()))?;
         let archive = archive(&read(&busybox)?, &modules);
         let initramfs = dir.join("initramfs.gz");
         compress(&archive, &initramfs)?;
@@ -90,7 +88,8 @@ fn init(modules: &[(&str, &[u8])]) -> String {
 fn compress(archive: &[u8], to: &Path) -> Result<()> {
     let failed = || Error::io(format!("{} cannot be written with gzip", to.display()));
     let file = File::create(to).map_err(failed())?;
-    let mut gzip = Command::new("gzip").arg("-1").stdin(Stdio::piped()).stdout(file).spawn().map_err(failed())?;
+    let mut gzip =
+        Command::new("gzip").arg("-1").stdin(Stdio::piped()).stdout(file).spawn().map_err(Error::start("gzip"))?;
     // Its end is dropped here, so that gzip comes to an end too.
     let written = gzip.stdin.take().map_or(Ok(()), |mut into| into.write_all(archive));
     let ended = gzip.wait().map_err(failed())?;

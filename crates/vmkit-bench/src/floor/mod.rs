@@ -51,7 +51,10 @@ pub enum Error {
     /// Somebody asked to end.
     #[error("interrupted")]
     Interrupted,
-    /// Something that is needed is missing, or not what it should be.
+    /// This program is not installed.
+    #[error("{0} is not installed")]
+    Missing(String),
+    /// Something that is needed is not what it should be.
     #[error("{0}")]
     Setup(String),
     /// QEMU, or the guest in it, does not do what it should; with what they said.
@@ -67,6 +70,14 @@ impl Error {
     fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
         let what = what.into();
         |error| Error::Io(what, error)
+    }
+
+    /// For `map_err` of a program's start.
+    fn start(program: &str) -> impl FnOnce(std::io::Error) -> Error {
+        move |error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::Missing(program.into()),
+            _ => Error::Io(format!("{program} cannot be started"), error),
+        }
     }
 }
 
@@ -310,7 +321,7 @@ impl Warm<'_> {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let _ = fs::remove_file(to);
     let status = Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(from).arg(to).status();
-    match status.map_err(Error::io("cp cannot be started"))?.success() {
+    match status.map_err(Error::start("cp"))?.success() {
         true => Ok(()),
         false => Err(Error::Setup(format!("{} cannot be copied", from.display()))),
     }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind as Io, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -97,10 +98,10 @@ impl Process {
         let (size, file) = (config.memory_mib, memory.file.display());
         let share = if memory.shared { "on" } else { "off" };
         command.args(["-object", &format!("memory-backend-file,id=m0,size={size}M,mem-path={file},share={share}")]);
-        command.args(["-qmp", &format!("unix:{}/qmp,server=on,wait=off", dir.display())]);
-        command.args(["-serial", &format!("file:{}/serial", dir.display())]);
+        command.args(["-qmp", "unix:qmp,server=on,wait=off"]);
+        command.args(["-serial", "file:serial"]);
         command.args(["-device", "virtio-serial-pci"]);
-        command.args(["-chardev", &format!("socket,id=shell,path={}/port,server=on,wait=off", dir.display())]);
+        command.args(["-chardev", "socket,id=shell,path=port,server=on,wait=off"]);
         command.args(["-device", "virtserialport,chardev=shell,name=vmkit-bench.shell"]);
         match begin {
             Begin::Load(_) => command.args(["-incoming", "defer", "-S"]),
@@ -111,6 +112,8 @@ impl Process {
                 .arg(&config.guest.initramfs)
                 .args(["-append", &format!("console={CONSOLE} quiet reboot=t panic=-1")]),
         };
+        // Where it is found when the bench is killed, and short names of sockets: an address holds 107 bytes.
+        command.current_dir(&dir);
         // A Ctrl-C at the terminal is for the bench, which then ends its QEMUs.
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
         let child = command.spawn().map_err(Error::io(format!("{} cannot be started", config.program.display())))?;
@@ -119,7 +122,8 @@ impl Process {
 
     /// Connects to one of its sockets as soon as that is there.
     fn connect(&mut self, name: &str, wait: &Wait<'_>) -> Result<UnixStream> {
-        let path = self.dir.join(name);
+        let dir = File::open(&self.dir).map_err(Error::io("a machine's directory cannot be read"))?;
+        let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
         loop {
             if let Ok(stream) = UnixStream::connect(&path) {
                 stream.set_read_timeout(Some(LOOK)).map_err(Error::io("a socket cannot be set up"))?;

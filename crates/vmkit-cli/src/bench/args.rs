@@ -7,11 +7,29 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use vmkit::Id;
 use vmkit::pool::{PoolConfig, Staging};
+use vmkit_bench::{DensityArgs, FloorArgs, TableArgs};
 
 use crate::args::{ShapeArgs, duration, id};
 
+#[derive(ClapArgs, Debug)]
+#[command(args_conflicts_with_subcommands = true, after_help = FIGURES)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
+    #[command(flatten)]
+    pub table: TableArgs,
+}
+
+const FIGURES: &str = "\
+Both are measured in turns in the same run, and medians are shown: absolute times say little on another machine, or
+an hour later; the ratios are the figures to quote. Milliseconds, unless the name says otherwise.";
+
 #[derive(Subcommand, Debug)]
 pub enum BenchCommand {
+    /// Measure bare QEMU alone
+    Floor(FloorArgs),
+    /// Have many machines ready at once, use every one of them, and show what each costs
+    Density(DensityArgs),
     /// Measure a warm pool: from wanting a machine to the answer of its first command
     #[command(after_help = AFTER)]
     Pool(Box<PoolArgs>),

@@ -1,13 +1,15 @@
 //! `vmkit bench`: how long what vmkit does takes here.
 //!
 //! ```text
-//!  args ─▶ mod: the pool of either backend, its start and its end ─▶ pool: requests in patterns
+//!  args ─┬▶ compare: a table of ours and bare QEMU's (crate vmkit-bench)
+//!        └▶ mod: the pool of either backend, its start and its end ─▶ pool: requests in patterns
 //!                       │                                                  │ series
 //!                       ▼                                                  ▼
 //!            table, JSON, plot ◀──────────────────────────────────────  figures
 //! ```
 
 mod args;
+mod compare;
 mod figures;
 mod plot;
 mod pool;
@@ -28,18 +30,14 @@ use crate::signals::{self, Signals};
 use args::{Backend, Pattern, PoolArgs};
 use figures::{Figures, Series};
 
-pub use args::BenchCommand;
+pub use args::{BenchArgs, BenchCommand};
+pub use compare::compare;
 
 /// How long making an image may take to be given up.
 const GIVES_UP: Duration = Duration::from_secs(10);
 
-pub async fn dispatch(args: &Args, command: &BenchCommand, output: &Output) -> Result<u8, Failure> {
-    match command {
-        BenchCommand::Pool(bench) => bench_pool(args, bench, output).await,
-    }
-}
-
-async fn bench_pool(args: &Args, bench: &PoolArgs, output: &Output) -> Result<u8, Failure> {
+/// `vmkit bench pool`.
+pub async fn pool(args: &Args, bench: &PoolArgs, output: &Output) -> Result<u8, Failure> {
     // From here on a signal closes the pool, whatever it is about.
     let mut signals = Signals::new();
     // What cannot work is said before minutes are spent.

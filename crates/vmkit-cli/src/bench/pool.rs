@@ -271,14 +271,14 @@ mod tests {
 
     use super::*;
     use crate::args::{Args, Command};
-    use crate::bench::BenchCommand;
+    use crate::bench::{BenchArgs, BenchCommand};
 
     const QUIET: Output = Output { json: false, quiet: true };
 
     fn asked(more: &[&str]) -> PoolArgs {
         let all = ["vmkit", "bench", "pool", "--backend", "sim", "--size", "2", "--requests", "4"];
         match Args::parse_from(all.iter().chain(more)).command {
-            Command::Bench { command: BenchCommand::Pool(bench) } => *bench,
+            Command::Bench(BenchArgs { command: Some(BenchCommand::Pool(bench)), .. }) => *bench,
             _ => unreachable!("that is the command"),
         }
     }

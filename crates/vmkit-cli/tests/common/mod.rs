@@ -88,7 +88,7 @@ impl State {
 
     /// Every QEMU of this state directory, whatever vmkit says.
     pub fn pids(&self) -> Vec<u32> {
-        let home = fs::canonicalize(self.path()).unwrap().join("vms");
+        let home = fs::canonicalize(self.path()).unwrap();
         let entries = fs::read_dir("/proc").unwrap().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
         pids.filter(|pid| {
