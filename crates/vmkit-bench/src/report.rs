@@ -76,7 +76,8 @@ impl Report {
     /// # Errors
     /// When it cannot be drawn.
     pub fn plot(&self) -> vmkit::Result<String> {
-        let title = format!("What vmkit takes by what bare QEMU takes ({}, medians)", self.accelerator.to_uppercase());
+        let title =
+            format!("What vmkit takes, as multiples of what bare QEMU takes ({})", self.accelerator.to_uppercase());
         plot::draw(&self.bars(), &title).map_err(|why| vmkit::Error::new(ErrorKind::Io, why).hint("leave --svg out"))
     }
 
