@@ -43,6 +43,9 @@ pub enum AgentError {
     /// The connection is gone: the machine stopped, or the agent did.
     #[error("the connection to the guest's agent is closed")]
     Closed,
+    /// Another agent is there: the guest rebooted, and what ran in it is gone.
+    #[error("the guest rebooted meanwhile")]
+    Rebooted,
     /// What arrived is not what it should be.
     #[error("the guest's agent sent something unexpected: {0}")]
     Protocol(String),
@@ -84,6 +87,8 @@ struct Inner {
     /// Ends the session at once, also while streams are still held.
     driver: JoinHandle<()>,
     bye: Mutex<Option<Farewell>>,
+    /// Whether the session ended because another agent began.
+    rebooted: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// Ends the session on both sides, and returns the line.
@@ -177,6 +182,9 @@ impl Client {
         let waiting = Waiting::default();
         let driver = tokio::spawn(drive);
         tokio::spawn(dispatch(inbound, waiting.clone()));
+        let same = link.clone();
+        // Every answer to a greeting was read before this session: whoever begins now is another.
+        let rebooted = Box::new(move || same.began_anew());
         let bye: Farewell = Box::new(|| {
             async move {
                 match shake(&link, Kind::Bye, Vec::new()).await? {
@@ -187,7 +195,7 @@ impl Client {
             .boxed()
         });
         let (next_id, bye) = (AtomicU64::new(1), Mutex::new(Some(bye)));
-        Client(Arc::new(Inner { opener, next_id, waiting, driver, bye }))
+        Client(Arc::new(Inner { opener, next_id, waiting, driver, bye, rebooted }))
     }
 
     /// Ends the session, and returns when the agent has ended its side: what it has to do for that is done now, and not when a
@@ -263,6 +271,14 @@ impl Client {
         self.0.opener.is_closed()
     }
 
+    /// Why the connection is gone, where that was all that was known.
+    fn explain(&self, error: AgentError) -> AgentError {
+        match error {
+            AgentError::Closed if (self.0.rebooted)() => AgentError::Rebooted,
+            other => other,
+        }
+    }
+
     /// Starts a command. The request's `id` is chosen here.
     ///
     /// # Errors
@@ -270,7 +286,11 @@ impl Client {
     ///
     /// # Cancel safety
     /// Dropping the future kills what was started.
-    pub async fn exec(&self, mut request: ExecRequest) -> Result<Exec, AgentError> {
+    pub async fn exec(&self, request: ExecRequest) -> Result<Exec, AgentError> {
+        self.begin_exec(request).await.map_err(|error| self.explain(error))
+    }
+
+    async fn begin_exec(&self, mut request: ExecRequest) -> Result<Exec, AgentError> {
         let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
         request.id = id;
         let (stdin, detached) = (request.stdin, request.detached);
@@ -315,9 +335,12 @@ impl Client {
     }
 
     async fn ask(&self, request: &Request) -> Result<Reply, AgentError> {
-        let mut stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
-        send(&mut stream, request).await?;
-        receive(&mut stream).await
+        let answer = async {
+            let mut stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
+            send(&mut stream, request).await?;
+            receive(&mut stream).await
+        };
+        answer.await.map_err(|error| self.explain(error))
     }
 }
 
@@ -349,7 +372,7 @@ pub struct ExecControl {
     exit: watch::Receiver<Progress>,
     reader: JoinHandle<()>,
     detached: bool,
-    #[expect(dead_code, reason = "keeps the session for as long as the command is held")]
+    /// Kept for as long as the command is held.
     session: Client,
 }
 
@@ -364,7 +387,7 @@ impl ExecControl {
     /// How it ended. Does not wait for its streams to be read.
     ///
     /// # Errors
-    /// [`AgentError::Closed`] when the connection was lost first.
+    /// [`AgentError::Closed`] when the connection was lost first, [`AgentError::Rebooted`] when that is why.
     ///
     /// # Cancel safety
     /// May be dropped and called again.
@@ -372,7 +395,7 @@ impl ExecControl {
         let progress = self.exit.wait_for(|progress| !matches!(progress, Progress::Running)).await;
         match progress.map(|progress| *progress) {
             Ok(Progress::Ended(exit)) => Ok(exit),
-            Ok(Progress::Running | Progress::Lost) | Err(_) => Err(AgentError::Closed),
+            Ok(Progress::Running | Progress::Lost) | Err(_) => Err(self.session.explain(AgentError::Closed)),
         }
     }
 
@@ -512,15 +535,23 @@ async fn shake<S>(link: &Link<S>, kind: Kind, payload: Vec<u8>) -> io::Result<Op
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let nonce = nonce();
-    link.send_handshake(&Handshake { kind, version: VERSION, nonce, payload }).await?;
-    while let Some(answer) = link.next_handshake().await? {
-        // An answer to an earlier host may still be on the line.
-        if answer.kind == Kind::Ack && answer.nonce == nonce {
-            return Ok(Some(answer));
+    loop {
+        let hello = Handshake { kind, version: VERSION, nonce: nonce(), payload: payload.clone() };
+        link.send_handshake(&hello).await?;
+        loop {
+            match link.next_handshake().await? {
+                // An answer to an earlier host may still be on the line, or to what we said before.
+                Some(answer) if answer.kind == Kind::Ack && answer.nonce != hello.nonce => {}
+                Some(answer) if answer.kind == Kind::Ack => return Ok(Some(answer)),
+                // What we said may have been said to the one before it.
+                Some(answer) if answer.kind == Kind::Up && kind == Kind::Hello => break,
+                // There is no session any more that could end.
+                Some(answer) if answer.kind == Kind::Up => return Ok(None),
+                Some(_) => {}
+                None => return Ok(None),
+            }
         }
     }
-    Ok(None)
 }
 
 /// Begins with an agent of our version, and returns what it answers to `payload`.

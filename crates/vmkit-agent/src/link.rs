@@ -145,6 +145,8 @@ pub enum Kind {
     Ack,
     /// The host ends the session, and keeps the line.
     Bye,
+    /// The agent has just begun: what it was told before, if there was one before, is forgotten.
+    Up,
 }
 
 /// A handshake frame.
@@ -170,6 +172,7 @@ impl Handshake {
             Kind::Hello => 1,
             Kind::Ack => 2,
             Kind::Bye => 3,
+            Kind::Up => 4,
         });
         out.push(0);
         out.extend_from_slice(&self.version.to_le_bytes());
@@ -190,6 +193,7 @@ impl Handshake {
             1 => Kind::Hello,
             2 => Kind::Ack,
             3 => Kind::Bye,
+            4 => Kind::Up,
             _ => return None,
         };
         let version = u16::from_le_bytes([frame[2], frame[3]]);
@@ -280,6 +284,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             }
             // Whoever said it left in the middle: what follows is the next one's, or the line's end.
         }
+    }
+
+    /// Whether a session ended because the other side began anew.
+    pub(crate) fn began_anew(&self) -> bool {
+        self.lock().marked
     }
 
     /// Begins a session in our direction: drops what was not sent yet and sends the frame.

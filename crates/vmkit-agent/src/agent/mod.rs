@@ -96,16 +96,33 @@ impl Agent {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let link = Link::new(line);
+        // A guest that reboots does so with its host on the line, which else would wait for ever for what the agent before was told.
+        let up = Handshake { kind: Kind::Up, version: VERSION, nonce: [0; 16], payload: Vec::new() };
+        let mut unsaid = kind == Line::Lasting;
         loop {
-            let Some(hello) = link.next_handshake().await? else {
+            let mut next = std::pin::pin!(link.next_handshake());
+            let heard = match unsaid {
+                // No host may be there, for as long as it likes; and one that begins anew need not be told.
+                true => tokio::select! {
+                    biased;
+                    heard = &mut next => heard?,
+                    said = link.send_handshake(&up) => {
+                        unsaid = false;
+                        said?;
+                        next.await?
+                    }
+                },
+                false => next.await?,
+            };
+            let Some(hello) = heard else {
                 match kind {
                     Line::Once => return Ok(()),
                     Line::Lasting => continue,
                 }
             };
             match hello.kind {
-                Kind::Hello | Kind::Bye => {}
-                Kind::Ack => continue,
+                Kind::Hello | Kind::Bye => unsaid = false,
+                Kind::Ack | Kind::Up => continue,
             }
             // Also to a host of another version: it is to know which one this is. A session that a host ends has ended by now.
             let payload = if hello.version == VERSION { self.told(&hello.payload).await } else { Vec::new() };
