@@ -163,7 +163,7 @@ fn a_qemu_that_ends_while_starting_fails_at_once_with_what_it_said() {
     with_rig(async |rig, host| {
         let kernel = rig.dir().join(".kernel");
         fs::write(&kernel, "no kernel").unwrap();
-        let image = BootImage { kernel, ..rig.image() };
+        let image = BootImage { kernel: kernel.clone(), loader: Some(kernel), ..rig.image() };
         let vm = clone(host, "kernelless", Spec::new(Source::Boot(image))).await;
         let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Exited, "{error:?}");

@@ -6,14 +6,15 @@ use std::path::Path;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
-use vmkit::{Error, Result};
+use vmkit::{Error, ErrorKind, Result};
 
 use crate::agent::Agent;
 use crate::digest;
 use crate::files;
 use crate::initramfs;
 use crate::kernel;
-use crate::manifest::{self, DISK, FORMAT, FileEntry, INITRAMFS, KERNEL, Manifest};
+use crate::loader;
+use crate::manifest::{self, DISK, FORMAT, FileEntry, INITRAMFS, KERNEL, LOADER, Manifest};
 use crate::progress::Phase;
 use crate::recipe::Recipe;
 use crate::root;
@@ -29,19 +30,42 @@ pub(crate) fn build(work: &Work<'_>, recipe: &Recipe, kernels: &Path, image: &Pa
     root::make(work, &recipe.root, recipe.size, &image.join(DISK))?;
     let agent = read_agent(&recipe.agent)?;
     work.report(Phase::Initramfs, &format!("the agent and {} modules", kernel.modules.len()));
-    write(&image.join(INITRAMFS), &initramfs::archive(&agent, &kernel.modules))?;
     match kernel.ours {
         true => link(&kernel.file, &image.join(KERNEL))?,
         false => copy(&kernel.file, &image.join(KERNEL))?,
     }
+    // Elsewhere nothing has ever been rebooted.
+    let reboots = kernel.tells_panic && cfg!(target_arch = "x86_64");
+    let loader = if reboots { cut(work, &image.join(KERNEL))? } else { None };
+    let archive = initramfs::archive(&agent, &kernel.modules);
+    let mut files = BTreeMap::new();
+    match loader {
+        Some(loader::Loader { kernel, front }) => {
+            write(&image.join(LOADER), &kernel)?;
+            files.insert(LOADER.to_owned(), entry(&image.join(LOADER), digest::of_file)?);
+            write(&image.join(INITRAMFS), &[front, archive].concat())?;
+        }
+        None => write(&image.join(INITRAMFS), &archive)?,
+    }
 
     work.report(Phase::Finish, "checking");
-    let mut files = BTreeMap::new();
     files.insert(DISK.to_owned(), entry(&image.join(DISK), digest::dig_holes)?);
     files.insert(INITRAMFS.to_owned(), entry(&image.join(INITRAMFS), digest::of_file)?);
     files.insert(KERNEL.to_owned(), entry(&image.join(KERNEL), digest::of_file)?);
     work.check()?;
-    describe(image, kernel.version, &recipe.agent, files)
+    describe(image, kernel.version, reboots, &recipe.agent, files)
+}
+
+/// What starts the kernel where memory for it is not to be held; none for a kernel that has to be started as it is.
+fn cut(work: &Work<'_>, kernel: &Path) -> Result<Option<loader::Loader>> {
+    let bytes = fs::read(kernel).map_err(|error| Error::io(format!("{} cannot be read", kernel.display()), error))?;
+    match loader::cut(&bytes) {
+        Ok(loader) => Ok(Some(loader)),
+        Err(why) => {
+            work.report(Phase::Kernel, &format!("every machine will hold the whole kernel in memory: {why}"));
+            Ok(None)
+        }
+    }
 }
 
 /// Makes the same image with another agent: the disk and the kernel are shared, only the initramfs is new.
@@ -53,15 +77,25 @@ pub(crate) fn exchange_agent(
     image: &Path,
 ) -> Result<Manifest> {
     work.report(Phase::Initramfs, "bringing the agent up to date");
-    let path = old.join(INITRAMFS);
-    let archive = fs::read(&path).map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))?;
-    write(&image.join(INITRAMFS), &initramfs::with_agent(&archive, &read_agent(agent)?)?)?;
+    let read = |name: &str| {
+        let path = old.join(name);
+        fs::read(&path).map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))
+    };
     let mut files = manifest.files.clone();
+    let mut content = read(INITRAMFS)?;
+    let front = match files.contains_key(LOADER) {
+        true => loader::front_size(&read(LOADER)?).filter(|size| *size <= content.len()),
+        false => Some(0),
+    };
+    let archive =
+        content.split_off(front.ok_or_else(|| Error::new(ErrorKind::Corrupt, "the image's loader is damaged"))?);
+    content.extend(initramfs::with_agent(&archive, &read_agent(agent)?)?);
+    write(&image.join(INITRAMFS), &content)?;
     files.insert(INITRAMFS.to_owned(), entry(&image.join(INITRAMFS), digest::of_file)?);
-    for name in [KERNEL, DISK] {
+    for name in files.keys().filter(|name| *name != INITRAMFS) {
         link(&old.join(name), &image.join(name))?;
     }
-    describe(image, manifest.kernel_version.clone(), agent, files)
+    describe(image, manifest.kernel_version.clone(), manifest.reboots, agent, files)
 }
 
 /// Moves a finished image to its place. What was there, if anything, is damaged: the two change places.
@@ -82,7 +116,13 @@ pub(crate) fn place(work: &Work<'_>, image: &Path, place: &Path) -> Result<()> {
     files::sync_dir(place.parent().unwrap_or(place))
 }
 
-fn describe(image: &Path, kernel: String, agent: &Agent, files: BTreeMap<String, FileEntry>) -> Result<Manifest> {
+fn describe(
+    image: &Path,
+    kernel: String,
+    reboots: bool,
+    agent: &Agent,
+    files: BTreeMap<String, FileEntry>,
+) -> Result<Manifest> {
     let manifest = Manifest {
         format: FORMAT,
         digest: String::new(),
@@ -91,6 +131,7 @@ fn describe(image: &Path, kernel: String, agent: &Agent, files: BTreeMap<String,
         agent_digest: agent.digest().to_owned(),
         agent_version: agent.version().to_owned(),
         cmdline: CMDLINE.to_owned(),
+        reboots,
         files,
     }
     .seal();
@@ -109,7 +150,7 @@ fn read_agent(agent: &Agent) -> Result<Vec<u8>> {
     let bytes = fs::read(path).map_err(|error| Error::io(format!("{} cannot be read", path.display()), error))?;
     match digest::of_bytes(&bytes) == agent.digest() {
         true => Ok(bytes),
-        false => Err(Error::new(vmkit::ErrorKind::Busy, format!("{} changed meanwhile", path.display()))
+        false => Err(Error::new(ErrorKind::Busy, format!("{} changed meanwhile", path.display()))
             .hint("try again when the agent's build is done")),
     }
 }

@@ -25,7 +25,7 @@ const META: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtual"];
 const META: &[&str] = &["linux-image-cloud-arm64", "linux-image-virtual"];
 
 /// Names the form of what is cached; rises when other modules are wanted.
-const CACHE_FORMAT: u32 = 2;
+const CACHE_FORMAT: u32 = 3;
 const RECORD: &str = "kernel.json";
 
 /// A kernel that is ready to go into an image.
@@ -34,6 +34,8 @@ pub(crate) struct Kernel {
     pub version: String,
     pub file: PathBuf,
     pub modules: Vec<Module>,
+    /// Whether it tells the host that it has given up, once the modules are loaded.
+    pub tells_panic: bool,
     /// Whether the file is the store's own, so that an image can be a link to it.
     pub ours: bool,
 }
@@ -46,6 +48,8 @@ struct Record {
     kernel: String,
     /// In the order in which they are loaded.
     modules: Vec<ModuleRecord>,
+    #[serde(default)]
+    tells_panic: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -79,11 +83,12 @@ fn given(work: &Work<'_>, kernel: &Path, modules: Option<&Path>) -> Result<Kerne
     let sum = digest::of_file(&kernel)?;
     let name = tree.as_deref().and_then(Path::file_name).and_then(|name| name.to_str());
     let version = name.map_or_else(|| format!("custom-{}", &sum[7..19]), str::to_owned);
-    let modules = match tree {
-        Some(tree) => modules::for_boot(&tree, &|file| unpack(work, file))?,
-        None => Vec::new(),
-    };
-    Ok(Kernel { version, file: kernel, modules, ours: false })
+    let (mut modules, mut tells_panic) = (Vec::new(), false);
+    if let Some(tree) = tree {
+        modules = modules::for_boot(&tree, &|file| unpack(work, file))?;
+        tells_panic = modules::tell_of_a_panic(&modules, &tree);
+    }
+    Ok(Kernel { version, file: kernel, modules, tells_panic, ours: false })
 }
 
 fn unusable(path: &Path, error: std::io::Error) -> Error {
@@ -122,11 +127,12 @@ fn distribution(work: &Work<'_>, cache: &Path) -> Result<Kernel> {
     let (version, vmlinuz) = find_kernel(&tree)?;
     let modules = ["usr/lib/modules", "lib/modules"].map(|dir| tree.join(dir).join(&version));
     let modules = modules.iter().find(|dir| dir.join("kernel").is_dir());
-    let modules = match modules {
-        Some(tree) => modules::for_boot(tree, &|file| unpack(work, file))?,
-        None => return Err(Error::new(ErrorKind::Corrupt, format!("the package of kernel {version} has no modules"))),
+    let Some(modules_tree) = modules else {
+        return Err(Error::new(ErrorKind::Corrupt, format!("the package of kernel {version} has no modules")));
     };
-    store(work, &dir, &version, &vmlinuz, &modules)?;
+    let modules = modules::for_boot(modules_tree, &|file| unpack(work, file))?;
+    let tells_panic = modules::tell_of_a_panic(&modules, modules_tree);
+    store(work, &dir, &Kernel { version, file: vmlinuz, modules, tells_panic, ours: true })?;
     files::remove_tree(&tree)?;
     open(&dir)
 }
@@ -205,13 +211,14 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Puts an unpacked kernel into the cache.
-fn store(work: &Work<'_>, dir: &Path, version: &str, vmlinuz: &Path, modules: &[Module]) -> Result<()> {
+fn store(work: &Work<'_>, dir: &Path, unpacked: &Kernel) -> Result<()> {
     let aside = work.path("kernel");
     let failed = |error| Error::io(format!("{} cannot be written", aside.display()), error);
     files::make_dir(&aside)?;
-    let kernel = digest::of_file(vmlinuz)?;
-    fs::rename(vmlinuz, aside.join("vmlinuz")).map_err(failed)?;
-    let mut record = Record { version: version.to_owned(), kernel, modules: Vec::new() };
+    let Kernel { version, file, modules, tells_panic, .. } = unpacked;
+    let kernel = digest::of_file(file)?;
+    fs::rename(file, aside.join("vmlinuz")).map_err(failed)?;
+    let mut record = Record { version: version.clone(), kernel, modules: Vec::new(), tells_panic: *tells_panic };
     for Module { name, content } in modules {
         fs::write(aside.join(format!("{name}.ko")), content).map_err(failed)?;
         record.modules.push(ModuleRecord { name: name.clone(), digest: digest::of_bytes(content) });
@@ -241,7 +248,7 @@ fn open(dir: &Path) -> Result<Kernel> {
         }
         modules.push(Module { name, content });
     }
-    Ok(Kernel { version: record.version, file, modules, ours: true })
+    Ok(Kernel { version: record.version, file, modules, tells_panic: record.tells_panic, ours: true })
 }
 
 /// The kernel that came into the cache last, of those in a form that we know.
@@ -282,13 +289,15 @@ mod tests {
         let place = dir.path().join("kernel-1");
         let put = || {
             fs::write(work.path("vmlinuz"), "a kernel").unwrap();
-            let modules = [Module { name: "virtio".into(), content: b"module".to_vec() }];
-            store(&work, &place, "6.1", &work.path("vmlinuz"), &modules).unwrap();
+            let modules = vec![Module { name: "virtio".into(), content: b"module".to_vec() }];
+            let (version, file) = ("6.1".to_owned(), work.path("vmlinuz"));
+            store(&work, &place, &Kernel { version, file, modules, tells_panic: true, ours: true }).unwrap();
             assert!(work.path("kernel").symlink_metadata().is_err(), "moved, and nothing is left");
         };
         put();
         let kernel = open(&place).unwrap();
         assert_eq!((kernel.version.as_str(), kernel.modules[0].content.as_slice()), ("6.1", b"module".as_slice()));
+        assert!(kernel.tells_panic);
         for name in ["vmlinuz", "virtio.ko", RECORD] {
             let path = place.join(name);
             fs::remove_file(&path).unwrap();

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  Recipe ──▶ Store::build ──┬─ kernel     the distribution's package, unpacked: no root, nothing installed
-//!                            ├─ initramfs  the agent as /init, and the modules that reach the root disk
+//!                            ├─ initramfs  the agent as /init, and the modules that reach the root disk; the kernel in front
+//!                            ├─ loader     what takes the kernel from there
 //!                            └─ disk       a sparse ext4 that machines share read-only
 //!                                │
 //!          images/sha256-…  ◀── rename ── work/      names/base.json ──▶ sha256:…
@@ -15,7 +16,7 @@
 //! A machine made from an image keeps it by digest: building the name again makes another image beside it, and
 //! [`Store::collect`] removes what neither a name nor a machine refers to.
 //!
-//! Deliberately absent: a registry client, layers, and boot loaders. A root file system comes as a directory or a tar.
+//! Deliberately absent: a registry client, layers, and boot loaders on disks. A root file system comes as a directory or a tar.
 
 mod agent;
 mod builder;
@@ -24,6 +25,7 @@ mod elf;
 mod files;
 mod initramfs;
 mod kernel;
+mod loader;
 mod lock;
 mod manifest;
 mod modules;

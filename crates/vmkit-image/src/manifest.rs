@@ -15,13 +15,15 @@ use crate::digest;
 
 /// The kernel's file in an image's directory.
 pub(crate) const KERNEL: &str = "kernel";
+/// The file with which an image's kernel is started, where that is another.
+pub(crate) const LOADER: &str = "loader";
 /// The initramfs's file in an image's directory.
 pub(crate) const INITRAMFS: &str = "initramfs";
 /// The disk's file in an image's directory.
 pub(crate) const DISK: &str = "disk";
 
 /// Rises when an image that older code made is no longer what this code would make.
-pub(crate) const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 2;
 
 /// An image, as its directory describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +36,9 @@ pub(crate) struct Manifest {
     pub agent_digest: String,
     pub agent_version: String,
     pub cmdline: String,
+    /// Whether its machines may boot again by themselves: what they give up at, the host hears of.
+    #[serde(default)]
+    pub reboots: bool,
     pub files: BTreeMap<String, FileEntry>,
 }
 
@@ -67,6 +72,9 @@ impl Manifest {
     pub(crate) fn seal(mut self) -> Manifest {
         let mut text = format!("vmkit image {}\n{}\n{}\n", self.format, self.agent_version, self.cmdline);
         text += &format!("{}\n{}\n", self.kernel_version, self.agent_digest);
+        if self.reboots {
+            text += "reboots\n";
+        }
         for (name, file) in &self.files {
             text += &format!("{name} {} {}\n", file.size, file.digest);
         }

@@ -11,6 +11,10 @@ use vmkit::{Error, ErrorKind, Result};
 
 use crate::elf::Elf;
 
+/// Loaded before all others, where a kernel has it: from then on the host hears of a panic at once.
+const FIRST: &[&str] = &[PANIC];
+/// Tells the host that the kernel has given up; since Linux 5.13.
+const PANIC: &str = "pvpanic_mmio";
 /// Without these no machine comes up.
 const REQUIRED: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "ext4"];
 /// These are loaded where a kernel has them.
@@ -28,21 +32,30 @@ pub(crate) type Load<'a> = &'a dyn Fn(&Path) -> Result<Vec<u8>>;
 
 /// The modules that a guest loads at boot, each after those it needs.
 pub(crate) fn for_boot(tree: &Path, load: Load<'_>) -> Result<Vec<Module>> {
-    resolve(tree, REQUIRED, OPTIONAL, load)
+    resolve(tree, [FIRST, REQUIRED, OPTIONAL], load)
 }
 
-fn resolve(tree: &Path, required: &[&str], optional: &[&str], load: Load<'_>) -> Result<Vec<Module>> {
+/// Whether a kernel with these modules, of this tree, tells the host of a panic.
+pub(crate) fn tell_of_a_panic(modules: &[Module], tree: &Path) -> bool {
+    modules.iter().any(|module| module.name == PANIC) || builtin(tree).is_some_and(|names| names.contains(PANIC))
+}
+
+/// What is built in; none where the tree does not say.
+fn builtin(tree: &Path) -> Option<BTreeSet<String>> {
+    let text = fs::read_to_string(tree.join("modules.builtin")).ok()?;
+    Some(text.lines().filter_map(|line| name_of(Path::new(line))).collect())
+}
+
+/// Those of the second list must be there.
+fn resolve(tree: &Path, lists: [&[&str]; 3], load: Load<'_>) -> Result<Vec<Module>> {
     let mut files = BTreeMap::new();
     index(tree, &mut files)?;
-    let builtin = fs::read_to_string(tree.join("modules.builtin")).ok();
-    let builtin = builtin.map(|text| text.lines().filter_map(|line| name_of(Path::new(line))).collect());
-    let mut order = Order { tree, files, builtin, load, done: BTreeSet::new(), modules: Vec::new() };
-    for name in required {
-        order.add(name)?;
-    }
-    for name in optional {
-        if order.files.contains_key(*name) {
-            order.add(name)?;
+    let mut order = Order { tree, files, builtin: builtin(tree), load, done: BTreeSet::new(), modules: Vec::new() };
+    for (list, required) in lists.into_iter().zip([false, true, false]) {
+        for name in list {
+            if required || order.files.contains_key(*name) {
+                order.add(name)?;
+            }
         }
     }
     Ok(order.modules)

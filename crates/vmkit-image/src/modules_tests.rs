@@ -40,7 +40,7 @@ fn tree(modules: &[(&str, &str)], builtin: Option<&str>) -> tempfile::TempDir {
 
 fn names(tree: &Path, required: &[&str], optional: &[&str]) -> Result<Vec<String>> {
     let load = |path: &Path| fs::read(path).map_err(|error| Error::io("unreadable", error));
-    Ok(resolve(tree, required, optional, &load)?.into_iter().map(|module| module.name).collect())
+    Ok(resolve(tree, [&[], required, optional], &load)?.into_iter().map(|module| module.name).collect())
 }
 
 #[test]
@@ -98,4 +98,21 @@ fn a_file_that_is_no_module_is_named() {
     let error = names(tree.path(), &["virtio_blk"], &[]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(error.message().contains("virtio_blk.ko"), "{error}");
+}
+
+#[test]
+fn what_tells_of_a_panic_is_loaded_first_or_built_in() {
+    let load = |path: &Path| fs::read(path).map_err(|error| Error::io("unreadable", error));
+    let file = ("drivers/misc/pvpanic-mmio.ko", "depends=pvpanic\0");
+    let with = tree(&[file, ("drivers/misc/pvpanic.ko", "depends=\0")], None);
+    let modules = for_boot(with.path(), &load).unwrap();
+    let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
+    assert_eq!(names, ["pvpanic", "pvpanic_mmio"]);
+    assert!(tell_of_a_panic(&modules, with.path()));
+    let built_in = tree(&[], Some("kernel/drivers/misc/pvpanic/pvpanic-mmio.ko\n"));
+    assert!(tell_of_a_panic(&[], built_in.path()));
+    // Its other half alone does nothing, and who says nothing has none.
+    for without in [tree(&[], Some("kernel/drivers/misc/pvpanic/pvpanic.ko\n")), tree(&[], None)] {
+        assert!(!tell_of_a_panic(&[], without.path()));
+    }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! lock                    held by whoever changes the store
 //! hold                    held shared by whoever is about to refer to an image
-//! images/sha256-…/        manifest.json kernel initramfs disk; read-only
+//! images/sha256-…/        manifest.json kernel loader initramfs disk; read-only
 //! names/NAME.json         which image a name means
 //! kernels/PACKAGE_…/      kernels and modules, unpacked; images link to them
 //! work/                   what is being made; whatever is in it when the lock is taken is somebody's wreck
@@ -162,7 +162,10 @@ impl Store {
             found = self.find(name);
             match &found {
                 _ if known(&found) => {}
-                Ok((record, manifest)) if manifest.format == FORMAT => {
+                // Somebody's own image of an older form is as good as it was; how to make it again only he knows.
+                Ok((record, manifest))
+                    if manifest.format == FORMAT || (manifest.format < FORMAT && record.recipe.is_none()) =>
+                {
                     return self.exchange_locked(name, record, manifest, agent, &work);
                 }
                 Ok((Name { recipe: None, .. }, _)) => {

@@ -98,7 +98,12 @@ pub struct BootImage {
     pub digest: String,
     /// The kernel.
     pub kernel: PathBuf,
-    /// The initramfs: the agent and the modules that the root disk needs.
+    /// What the kernel is started with, when a machine starts and whenever its guest reboots: a file that costs no memory while
+    /// nobody boots, and takes the kernel from the front of the initramfs; or the kernel itself. `None`: a guest that reboots ends
+    /// its machine. Where there is one, the kernel tells the host of a panic (`pvpanic`), and a panic ends the machine.
+    #[serde(default)]
+    pub loader: Option<PathBuf>,
+    /// The initramfs: the agent and the modules that the root disk needs. With a loader of its own, the kernel is in front of them.
     pub initramfs: PathBuf,
     /// The base disk, a raw file that is never written to. `None`: the initramfs is all there is.
     pub disk: Option<PathBuf>,

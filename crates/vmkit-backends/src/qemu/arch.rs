@@ -11,6 +11,8 @@ pub(crate) struct Arch {
     /// long as it lives, because the kernel leaves it counting when it takes another timer: an idle machine then takes four times
     /// the processor time, and the others of a pool are slower for it.
     pub machine: &'static str,
+    /// The device that a kernel tells of a panic.
+    pub panic: &'static str,
     /// The kernel's name for the first serial port.
     pub console: &'static str,
     /// What the kernel's command line has on this architecture only.
@@ -26,8 +28,9 @@ pub(crate) const ARCH: Arch = Arch {
     program: "qemu-system-x86_64",
     package: "qemu-system-x86",
     machine: "q35,sata=off,usb=off,vmport=off,hpet=off",
+    panic: "pvpanic",
     console: "ttyS0",
-    // `reboot=t` ends the machine by a triple fault, which needs no firmware.
+    // `reboot=t` resets the machine by a triple fault, which needs no firmware.
     cmdline: "reboot=t no_timer_check",
     translated: "mitigations=off tsc=reliable",
 };
@@ -37,6 +40,7 @@ pub(crate) const ARCH: Arch = Arch {
     program: "qemu-system-aarch64",
     package: "qemu-system-arm",
     machine: "virt,gic-version=max",
+    panic: "pvpanic-pci",
     console: "ttyAMA0",
     cmdline: "",
     translated: "mitigations=off",

@@ -38,7 +38,7 @@ pub(crate) fn args(
 ) -> Vec<OsString> {
     let mut args: Vec<OsString> = Vec::with_capacity(64);
     let mut add = |list: &[&str]| args.extend(list.iter().map(OsString::from));
-    add(&["-name", id.as_str(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    add(&["-name", id.as_str(), "-nodefaults", "-no-user-config", "-display", "none"]);
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     add(&["-M", &format!("{},memory-backend=m0", ARCH.machine)]);
     match accelerator {
@@ -86,13 +86,19 @@ pub(crate) fn args(
         // A full disk is the guest's error, not a guest that stands still.
         add(&["-device", "virtio-blk-pci,drive=disk,werror=report,rerror=report"]);
     }
-    match begin {
-        // A machine that resets ends: nobody would load a kernel again, and to hold one costs time and memory.
-        Begin::Resume | Begin::Fork(_) => add(&["-incoming", "defer", "-S"]),
-        Begin::Boot => {
-            args.extend(["-kernel".into(), path(&image.kernel), "-initrd".into(), path(&image.initramfs)]);
-            args.extend(["-append".into(), cmdline(id, image, accelerator).into()]);
-        }
+    match &image.loader {
+        // A kernel that gives up says so, and its machine ends: else nobody would know that from a guest that reboots.
+        Some(_) => add(&["-device", ARCH.panic, "-action", "panic=exit-failure"]),
+        None => add(&["-no-reboot"]),
+    }
+    if begin != Begin::Boot {
+        add(&["-incoming", "defer", "-S"]);
+    }
+    // Who goes on from a saved execution needs a kernel only when its guest reboots. A loader costs nothing until then.
+    let kernel = image.loader.as_ref().or((begin == Begin::Boot).then_some(&image.kernel));
+    if let Some(kernel) = kernel {
+        args.extend(["-kernel".into(), path(kernel), "-initrd".into(), path(&image.initramfs)]);
+        args.extend(["-append".into(), cmdline(id, image, accelerator).into()]);
     }
     args
 }
@@ -100,11 +106,14 @@ pub(crate) fn args(
 /// The kernel's command line. Beside console and root: no self-tests of ciphers, no waiting for quiet processors where an
 /// expedited wait does, no audit: together a sixth of a boot under TCG. An image's own command line comes last and decides.
 fn cmdline(id: &Id, image: &BootImage, accelerator: &str) -> String {
-    let ours = "quiet panic=-1 cryptomgr.notests rcupdate.rcu_expedited=1 audit=0";
+    // A kernel that gives up before it can say so is not to boot again and again: it stands still, and whoever waits for it reads
+    // that on its console.
+    let panic = if image.loader.is_some() { "panic=0" } else { "panic=-1" };
+    let ours = "quiet cryptomgr.notests rcupdate.rcu_expedited=1 audit=0";
     let Arch { console, cmdline, translated, .. } = &ARCH;
     // With KVM the guest's kernel decides.
     let translated = if accelerator == "tcg" { *translated } else { "" };
-    format!("console={console} {ours} {translated} {cmdline} {} vmkit.hostname={id}", image.cmdline)
+    format!("console={console} {ours} {panic} {translated} {cmdline} {} vmkit.hostname={id}", image.cmdline)
 }
 
 fn path(path: &Path) -> OsString {
@@ -122,18 +131,20 @@ mod tests {
             name: "base".into(),
             digest: "sha256:0".into(),
             kernel: "/k,1".into(),
+            loader: None,
             initramfs: "/i".into(),
             disk: Some("/odd,dir/disk".into()),
             cmdline: "vmkit.root=/dev/vda".into(),
         };
         let spec = Spec::new(Source::Boot(image.clone())).cpus(3).memory_mib(512);
         let id = Id::new("web").unwrap();
-        let line = |begin, accelerator| -> Vec<String> {
-            args(&id, &spec, &image, accelerator, begin, false)
+        let line_of = |image: &BootImage, begin, accelerator| -> Vec<String> {
+            args(&id, &spec, image, accelerator, begin, false)
                 .into_iter()
                 .map(|arg| arg.into_string().unwrap())
                 .collect()
         };
+        let line = |begin, accelerator| line_of(&image, begin, accelerator);
         let boot = line(Begin::Boot, "tcg");
         let text = boot.join(" ");
         for part in [
@@ -152,6 +163,18 @@ mod tests {
         let resume = line(Begin::Resume, "tcg");
         assert!(resume.contains(&"defer".to_owned()) && !resume.contains(&"-kernel".to_owned()), "{resume:?}");
         assert!(text.contains("mitigations=off"));
+        // Without a loader, a guest that reboots or panics ends; with one, the first comes up again, whatever it came from.
+        assert!(text.contains("-no-reboot") && text.contains(" panic=-1 ") && !text.contains("pvpanic"), "{text}");
+        let loaded = BootImage { loader: Some("/l".into()), ..image.clone() };
+        for begin in [Begin::Boot, Begin::Resume, Begin::Fork(Path::new("/m"))] {
+            let text = line_of(&loaded, begin, "tcg").join(" ");
+            for part in
+                ["-kernel /l -initrd /i -append", "vmkit.hostname=web", "pvpanic", "panic=exit-failure", " panic=0 "]
+            {
+                assert!(text.contains(part), "{part} is missing in {text}");
+            }
+            assert!(!text.contains("-no-reboot") && text.contains("-incoming") == (begin != Begin::Boot), "{text}");
+        }
         let kvm = line(Begin::Boot, "kvm").join(" ");
         assert!(kvm.contains("-cpu host") && !kvm.contains("mitigations") && !kvm.contains("tsc="), "{kvm}");
     }

@@ -7,10 +7,18 @@ use std::time::Duration;
 
 use vmkit::{ConsoleSinks, Sink};
 
-use super::layout::{OUTPUT, SERIAL};
+use super::layout::{self, OUTPUT, SERIAL};
 use crate::process::Identity;
 
 const INTERVAL: Duration = Duration::from_millis(100);
+/// What a kernel that gives up says.
+const SIGN: &[u8] = b"Kernel panic - not syncing";
+/// What it says when it stands still for good.
+const STANDS: &str = "end Kernel panic - not syncing";
+/// How much it says in between, at most.
+const LAST: u64 = 16 << 10;
+/// How often somebody who waits for a guest looks whether it stands still.
+const UP: Duration = Duration::from_secs(1);
 
 /// A file that grows.
 struct Follower {
@@ -72,7 +80,6 @@ pub(crate) fn follow(dir: &Path, process: Identity, from: u64, sinks: ConsoleSin
 
 /// Returns when the guest's kernel has given up. A panic ends the machine, but a guest that only says so hangs.
 pub(crate) async fn panicked(dir: &Path, from: u64) {
-    const SIGN: &[u8] = b"Kernel panic - not syncing";
     let mut console = Follower::new(dir.join(SERIAL), from);
     let mut seen = Vec::new();
     loop {
@@ -84,4 +91,21 @@ pub(crate) async fn panicked(dir: &Path, from: u64) {
         seen.drain(..seen.len().saturating_sub(SIGN.len()));
         tokio::time::sleep(INTERVAL).await;
     }
+}
+
+/// Returns when the guest's kernel has given up and stands still, whenever that was: then this is the last that it ever says.
+pub(crate) async fn stands_panicked(dir: &Path) {
+    loop {
+        tokio::time::sleep(UP).await;
+        if layout::tail(&dir.join(SERIAL), LAST).lines().last().is_some_and(|line| line.contains(STANDS)) {
+            return;
+        }
+    }
+}
+
+/// Whether a panic is the last that the guest said.
+pub(crate) fn ended_panicked(dir: &Path) -> bool {
+    let path = dir.join(SERIAL);
+    let length = std::fs::metadata(&path).map_or(0, |meta| meta.len());
+    Follower::new(path, length.saturating_sub(LAST)).more().windows(SIGN.len()).any(|part| part == SIGN)
 }

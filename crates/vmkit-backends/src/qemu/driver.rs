@@ -89,7 +89,7 @@ impl QemuDriver {
     pub(super) fn new(id: Id, spec: Spec, qemu: &Qemu) -> QemuDriver {
         let Qemu { config, layout, templates } = qemu.clone();
         let dir = layout.machine(&id);
-        let line = Line::new(dir.clone());
+        let line = Line::new(dir.clone(), spec.timeouts.start);
         QemuDriver { id, spec, config, templates, layout, dir, lock: None, process: None, line }
     }
 
@@ -175,7 +175,7 @@ impl QemuDriver {
             biased;
             ready = ready => ready,
             exit = self.gone() => Err(exit::error(&exit)),
-            () = console::panicked(&dir, from) => Err(Error::new(ErrorKind::Exited, "the guest's kernel panicked")),
+            () = console::panicked(&dir, from) => Err(Error::new(ErrorKind::Exited, exit::PANICKED)),
             () = sleep(limit) => Err(Error::new(
                 ErrorKind::TimedOut,
                 format!("the guest's agent did not answer within {limit:?}"),
@@ -217,7 +217,7 @@ impl QemuDriver {
         match &mut self.process {
             Some(Process::Ours { child, .. }) => {
                 let status = child.wait().await.ok();
-                exit::of(status, layout::tail(&self.dir.join(OUTPUT), TAIL))
+                exit::of(status, layout::tail(&self.dir.join(OUTPUT), TAIL), &self.dir)
             }
             Some(Process::Found(held)) => {
                 held.exited().await;

@@ -17,7 +17,8 @@ pub(super) fn of(spec: &Spec) -> Result<&BootImage> {
 
 /// Its files are there. Also for who does not boot it now: the next start may.
 pub(super) fn check(image: &BootImage) -> Result<()> {
-    for file in [Some(&image.kernel), Some(&image.initramfs), image.disk.as_ref()].into_iter().flatten() {
+    let files = [Some(&image.kernel), image.loader.as_ref(), Some(&image.initramfs), image.disk.as_ref()];
+    for file in files.into_iter().flatten() {
         if let Err(error) = File::open(file) {
             let message = format!("image {} has lost its file {}", image.name, file.display());
             return Err(Error::new(ErrorKind::Corrupt, message).caused_by(error).hint(format!(

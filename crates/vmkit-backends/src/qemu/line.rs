@@ -15,11 +15,12 @@ use vmkit::{Binding, CommandSpec, Error, ErrorKind, ExitStatus, GuestOps, GuestP
 use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Exit, Fork};
 
 use super::args::{LINES, line_socket};
+use super::console;
 use super::lock::FileLock;
 use super::socket;
 use super::turns::{Place, Want};
 
-/// How long a ready guest's agent may take to begin a session, also on a loaded host.
+/// How long a ready guest's agent may take to begin a session, also on a loaded host. One that reboots may take as long as a start.
 const BEGINS: Duration = Duration::from_secs(30);
 /// How long to wait for a line while other processes have them all.
 const LINE_WAITS: Duration = Duration::from_secs(30);
@@ -28,6 +29,8 @@ const LINE_WAITS: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Line {
     dir: PathBuf,
+    /// How long the agent may take to begin a session.
+    begins: Duration,
     session: Mutex<Option<Session>>,
     place: Place,
 }
@@ -40,8 +43,9 @@ struct Session {
 }
 
 impl Line {
-    pub fn new(dir: PathBuf) -> Arc<Line> {
-        Arc::new(Line { dir, session: Mutex::new(None), place: Place::new() })
+    /// `start`: how long the guest may take to boot, which it may be doing at any time.
+    pub fn new(dir: PathBuf, start: Duration) -> Arc<Line> {
+        Arc::new(Line { dir, begins: BEGINS.max(start), session: Mutex::new(None), place: Place::new() })
     }
 
     /// The session with the agent of a guest that is up.
@@ -55,8 +59,12 @@ impl Line {
             return Ok(session.clone());
         }
         *session = None;
-        let patience = LINE_WAITS + BEGINS;
-        let fresh = tokio::time::timeout(patience, begin(&self.dir, LINE_WAITS)).await.map_err(|_| silent())??;
+        let fresh = tokio::select! {
+            biased;
+            fresh = begin(&self.dir, LINE_WAITS) => fresh?,
+            () = console::stands_panicked(&self.dir) => return Err(given_up()),
+            () = tokio::time::sleep(LINE_WAITS + self.begins) => return Err(silent()),
+        };
         *session = Some(fresh.clone());
         Ok(fresh)
     }
@@ -103,6 +111,12 @@ impl Line {
 fn silent() -> Error {
     Error::new(ErrorKind::Agent, "the guest's agent did not begin a session")
         .hint("look at the console: `vmkit console NAME`; a guest that hangs is ended by `vmkit stop --force NAME`")
+}
+
+/// A kernel that gave up before it could say so to QEMU.
+fn given_up() -> Error {
+    Error::new(ErrorKind::Agent, "the guest's kernel panicked while it booted again")
+        .hint("its console says why: `vmkit console NAME`; `vmkit stop --force NAME` ends it")
 }
 
 /// A line that QEMU listens on and that is ours; nothing was said on it.
@@ -176,6 +190,9 @@ pub(crate) fn translate(error: AgentError) -> Error {
         AgentError::Limit(_) => (ErrorKind::ResourceExhausted, "wait until some of them have ended"),
         AgentError::Version { .. } => {
             (ErrorKind::Agent, "make a new machine: the image is brought up to date when it is cloned")
+        }
+        AgentError::Rebooted => {
+            (ErrorKind::Agent, "what ran in it is gone; try again: commands are executed as soon as it is up")
         }
         AgentError::Guest(_) => (ErrorKind::Backend, "look at the guest's console: `vmkit console NAME`"),
         _ => (ErrorKind::Agent, "try again; if it goes on, look at the guest's console: `vmkit console NAME`"),

@@ -50,7 +50,8 @@ async fn go_on(dir: &std::path::Path) -> Result<()> {
         qmp.cont().await?;
     }
     // It runs: a guest that is too busy to be told so now is no reason to lose it.
-    let told = async { Line::new(dir.to_owned()).client().await?.freeze(false).await.map_err(translate) };
+    let told =
+        async { Line::new(dir.to_owned(), Duration::ZERO).client().await?.freeze(false).await.map_err(translate) };
     match timeout(TOLD, told).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => warn!(dir = %dir.display(), %error, "telling a guest that it is not suspended after all"),

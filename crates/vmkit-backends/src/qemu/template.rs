@@ -106,7 +106,13 @@ impl Shape<'_> {
     fn key(&self) -> Result<Id> {
         let Shape { image, spec, facts, accelerator } = self;
         // Where files are does not matter, and who it is neither.
-        let anywhere = BootImage { disk: image.disk.as_ref().map(|_| "disk".into()), ..(*image).clone() };
+        let anywhere = BootImage {
+            kernel: "kernel".into(),
+            loader: image.loader.as_ref().map(|_| "loader".into()),
+            initramfs: "initramfs".into(),
+            disk: image.disk.as_ref().map(|_| "disk".into()),
+            ..(*image).clone()
+        };
         let id = Id::new("template")?;
         let line = args(&id, spec, &anywhere, accelerator, Begin::Resume, false);
         let mut hash = Sha256::new();

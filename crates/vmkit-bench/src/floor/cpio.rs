@@ -1,7 +1,7 @@
 //! Archives in the form that the kernel unpacks as its first root: "newc", of which it needs names, modes and contents.
 
 /// Begins every entry.
-const MAGIC: &[u8] = b"070701";
+pub const MAGIC: &[u8] = b"070701";
 /// The magic and thirteen fields of eight hexadecimal digits.
 const HEADER: usize = 110;
 const LAST: &str = "TRAILER!!!";

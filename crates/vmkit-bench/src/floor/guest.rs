@@ -34,7 +34,7 @@ impl Guest {
     pub fn make(dir: &Path, kernel: &Path, modules_from: &Path) -> Result<Guest> {
         let read = |path: &Path| fs::read(path).map_err(Error::io(format!("{} cannot be read", path.display())));
         let source = read(modules_from)?;
-        let modules = modules(&source).ok_or_else(|| {
+        let modules = archive_in(&source).and_then(modules).ok_or_else(|| {
             Error::Setup(format!("{} has no modules: the floor needs the image `base`", modules_from.display()))
         })?;
         let busybox = in_path("busybox").ok_or_else(|| Error::Missing("busybox".into()))?;
@@ -45,7 +45,13 @@ impl Guest {
     }
 }
 
-/// The modules that the guest needs, of those in an initramfs.
+/// The archive in an initramfs, which may have a kernel in front of it, in whole pages.
+fn archive_in(initramfs: &[u8]) -> Option<&[u8]> {
+    let at = (0..initramfs.len()).step_by(4096).find(|&at| initramfs[at..].starts_with(cpio::MAGIC))?;
+    Some(&initramfs[at..])
+}
+
+/// The modules that the guest needs, of those in an archive.
 fn modules(initramfs: &[u8]) -> Option<Vec<(&'static str, &[u8])>> {
     let entries = cpio::read(initramfs)?;
     let find = |module: &str| {

@@ -8,7 +8,7 @@ use vmkit::{BootImage, Error, ErrorKind, Id, Result};
 use super::Store;
 use crate::digest;
 use crate::files;
-use crate::manifest::{self, DISK, INITRAMFS, ImageInfo, KERNEL, Manifest, Name};
+use crate::manifest::{self, DISK, FileEntry, INITRAMFS, ImageInfo, KERNEL, LOADER, Manifest, Name};
 use crate::recipe::Recipe;
 
 impl Store {
@@ -74,14 +74,15 @@ impl Store {
             return Some("its manifest was changed".to_owned());
         }
         let dir = self.image_dir(&manifest.digest);
-        [KERNEL, INITRAMFS, DISK].into_iter().find_map(|name| {
-            let Some(entry) = manifest.files.get(name) else { return Some(format!("its manifest has no {name}")) };
-            match dir.join(name).metadata() {
-                Ok(meta) if meta.len() == entry.size => None,
-                Ok(meta) => Some(format!("its {name} has {} bytes instead of {}", meta.len(), entry.size)),
-                Err(_) => Some(format!("its {name} is missing")),
-            }
-        })
+        let missing = |name: &&str| !manifest.files.contains_key(*name);
+        let lacks =
+            [KERNEL, INITRAMFS, DISK].into_iter().find(missing).map(|name| format!("its manifest has no {name}"));
+        let differs = |(name, entry): (&String, &FileEntry)| match dir.join(name).metadata() {
+            Ok(meta) if meta.len() == entry.size => None,
+            Ok(meta) => Some(format!("its {name} has {} bytes instead of {}", meta.len(), entry.size)),
+            Err(_) => Some(format!("its {name} is missing")),
+        };
+        lacks.or_else(|| manifest.files.iter().find_map(differs))
     }
 
     /// Whether the store's files are those of the manifest, byte by byte.
@@ -100,9 +101,11 @@ impl Store {
 
     pub(super) fn boot_image(&self, name: &str, manifest: &Manifest) -> BootImage {
         let dir = self.image_dir(&manifest.digest);
+        let loader = if manifest.files.contains_key(LOADER) { LOADER } else { KERNEL };
         BootImage {
             name: name.to_owned(),
             digest: manifest.digest.clone(),
+            loader: manifest.reboots.then(|| dir.join(loader)),
             kernel: dir.join(KERNEL),
             initramfs: dir.join(INITRAMFS),
             disk: Some(dir.join(DISK)),
