@@ -127,3 +127,40 @@ pub struct ImageInfo {
     /// What is wrong with it, as far as can be seen without reading its files; empty is good.
     pub problems: Vec<String>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_of_the_first_form_is_still_whole() {
+        let text = r#"{
+  "format": 1,
+  "digest": "sha256:df935ab0c5b0b9061a1f5c5f2f3a710cfdaff78df4d9b86bab4667a431075fe4",
+  "created": 1795699408,
+  "kernel_version": "6.1.0-56-cloud-amd64",
+  "agent_digest": "sha256:847bc803546a9e96fcb336a02462770eeb54a19131c1522797d94b89c5bb0bf3",
+  "agent_version": "protocol 6",
+  "cmdline": "vmkit.root=/dev/vda vmkit.rootfstype=ext4 lsm=landlock,lockdown,yama,integrity,apparmor,bpf",
+  "files": {
+    "disk": {
+      "digest": "sha256:0303129f5d6f45869a9f4f373d42ead687f22e0dd69d228ff72498c756ded7e6",
+      "size": 4294967296
+    },
+    "initramfs": {
+      "digest": "sha256:a8fad72dcad1721ecc8f0b605687c0bc1a748787a7e90cdd3a2a51c28069f3c4",
+      "size": 2413568
+    },
+    "kernel": {
+      "digest": "sha256:744e6f9e0e2ba9c9d7141e880e861db2cba3c6aa469a59db9189e47870cb0c8f",
+      "size": 14186432
+    }
+  }
+}"#;
+        let manifest: Manifest = serde_json::from_str(text).unwrap();
+        assert!(manifest.format == 1 && !manifest.reboots);
+        assert_eq!(manifest.clone().seal().digest, manifest.digest);
+        let reboots = Manifest { reboots: true, ..manifest.clone() };
+        assert_ne!(reboots.seal().digest, manifest.digest);
+    }
+}

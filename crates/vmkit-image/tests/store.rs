@@ -153,3 +153,68 @@ fn a_cancelled_build_leaves_nothing() {
     assert_eq!(bench.store.get("base").unwrap_err().kind(), ErrorKind::NotFound);
     bench.assert_swept();
 }
+
+/// As much of a kernel's header as counts, and then its code.
+fn kernel(code: &[u8]) -> Vec<u8> {
+    let mut kernel = vec![0; 1024];
+    for (at, bytes) in [
+        (0x1f1, &[1][..]),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS\x0f\x02"),
+        (0x211, &[1]),
+        (0x214, &0x10_0000_u32.to_le_bytes()),
+        (0x234, &[1]),
+        (0x258, &0x100_0000_u64.to_le_bytes()),
+    ] {
+        kernel[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    [&kernel, code].concat()
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_kernel_that_tells_of_a_panic_boots_again_from_the_front_of_the_initramfs() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new();
+    let tree = bench.path("6.1-test");
+    std::fs::create_dir(&tree).unwrap();
+    let built_in =
+        ["virtio_pci", "virtio_blk", "virtio_console", "ext4"].map(|name| format!("kernel/{name}.ko\n")).concat();
+    let code: Vec<u8> = (0..10_000).map(|at| (at % 253) as u8).collect();
+    let build = |name: &str, content: &[u8], built_in: &str| {
+        let file = bench.path("given-kernel");
+        std::fs::write(&file, content).unwrap();
+        std::fs::write(tree.join("modules.builtin"), built_in).unwrap();
+        let source = vmkit_image::KernelSource::Files { kernel: file, modules: Some(tree.clone()) };
+        let recipe = bench.recipe(RootSource::Dir(bench.path("root"))).kernel(source);
+        bench.store.build(name, &recipe, &Cancel::new(), &quiet).unwrap()
+    };
+    bench.tree("root", "content");
+    let read = |path: &std::path::Path| std::fs::read(path).unwrap();
+    let tells = format!("{built_in}kernel/pvpanic-mmio.ko\n");
+
+    let silent = build("silent", &kernel(&code), &built_in);
+    assert_eq!(silent.loader, None, "its panic would be taken for a reboot");
+    let image = build("mine", &kernel(&code), &tells);
+    let loader = image.loader.clone().unwrap();
+    assert!(loader.metadata().unwrap().len() < 2048);
+    let (plain, front) = (read(&silent.initramfs), read(&image.initramfs));
+    assert_eq!(front[..code.len()], code);
+    assert_eq!(front[12 << 10..], plain, "the archive, on a page of its own");
+    assert_eq!(read(&image.kernel), kernel(&code), "and the kernel as it was given");
+    bench.store.verify("mine").unwrap();
+    // A newer agent changes the archive alone.
+    let newer = bench.other_agent();
+    let new = bench.store.ensure("mine", &newer, &Cancel::new(), &quiet).unwrap();
+    let other = bench.store.ensure("silent", &newer, &Cancel::new(), &quiet).unwrap();
+    assert_eq!(new.loader.as_ref().unwrap().metadata().unwrap().ino(), loader.metadata().unwrap().ino());
+    assert_eq!(read(&new.initramfs), [&front[..12 << 10], &read(&other.initramfs)].concat());
+    assert_ne!(read(&other.initramfs), plain);
+    std::fs::remove_file(new.loader.unwrap()).unwrap();
+    assert!(bench.store.get("mine").unwrap_err().message().contains("loader"));
+    // What cannot be moved is started as it is.
+    let odd = build("odd", b"another kind of kernel", &tells);
+    assert_eq!((odd.loader.as_ref(), read(&odd.initramfs)), (Some(&odd.kernel), plain));
+}
