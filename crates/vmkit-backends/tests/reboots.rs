@@ -12,7 +12,7 @@ use vmkit::conformance::Rig;
 use vmkit::{BootImage, ConsoleSinks, ErrorKind, Instance, Source, Spec, State};
 
 /// How long anything that happens at all may take, on a host that is busy with other things.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
 
