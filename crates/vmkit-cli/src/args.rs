@@ -67,6 +67,15 @@ pub enum Command {
         #[arg(required = true, value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
     },
+    /// Make copies of a machine while it runs: memory, processes and disk as they are, each somebody of its own
+    Fork {
+        /// The machine, which is Running and runs on
+        #[arg(value_name = "NAME", value_parser = id)]
+        name: Id,
+        /// The copies
+        #[arg(required = true, value_name = "NEW", value_parser = id)]
+        names: Vec<Id>,
+    },
     /// Shut machines down
     Stop {
         /// The machines

@@ -57,11 +57,6 @@ impl Context {
         self.host.provider()
     }
 
-    /// Whether fresh machines are forks of templates.
-    pub fn forks(&self) -> bool {
-        self.templates
-    }
-
     /// The image store.
     pub fn images(&self) -> Result<Store> {
         Store::open(self.dir.join("images")).map_err(unusable)

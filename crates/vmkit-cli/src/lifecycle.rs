@@ -101,6 +101,29 @@ pub async fn suspend(args: &Args, names: &[Id], output: &Output) -> Result<u8, F
     .await
 }
 
+pub async fn fork(args: &Args, name: &Id, names: &[Id], output: &Output) -> Result<u8, Failure> {
+    let context = Context::open(args, output).await?;
+    let mut signals = Signals::new();
+    let instance = context.machine(name).await?;
+    let busy = Busy::new(output, "forking", name);
+    let mut work = std::pin::pin!(instance.fork_as(names));
+    let (copies, signal) = tokio::select! {
+        copies = &mut work => (copies?, None),
+        // What is half copied is neither left paused nor left behind.
+        signal = signals.next() => (work.await?, Some(signal)),
+    };
+    drop(busy);
+    if let Some(signal) = signal {
+        for copy in &copies {
+            vmkit::cleanup(copy, Duration::ZERO, CLEANUP_LIMIT).await?;
+        }
+        return Ok(signals::exit_code(signal));
+    }
+    let outcomes: Vec<Outcome> = copies.iter().map(Outcome::of).collect();
+    output.result(&outcomes, || outcomes.iter().map(|outcome| format!("{}\n", outcome.id)).collect())?;
+    Ok(0)
+}
+
 pub async fn stop(args: &Args, names: &[Id], grace: Duration, force: bool, output: &Output) -> Result<u8, Failure> {
     each(args, names, "stopping", output, async |instance: &Instance| {
         let report = if force { instance.kill().await } else { instance.stop(grace).await };

@@ -100,6 +100,9 @@ pub async fn inspect(args: &Args, id: &Id, output: &Output) -> Result<u8, Failur
 
 fn how(birth: &Birth) -> String {
     let how = match (birth.how, &birth.template) {
+        (Origin::Fork, _) if birth.copy_of.is_some() => {
+            format!("copy of {}, as it ran", birth.copy_of.as_deref().unwrap_or_default())
+        }
         (Origin::Fork, Some(template)) => format!("fork of {template}"),
         (Origin::Fork, None) => "fork".into(),
         (Origin::Boot, _) => "boot".into(),

@@ -71,6 +71,7 @@ async fn dispatch(args: &Args, output: &Output) -> Result<u8, Failure> {
         Command::Exec(exec) => run::exec(args, exec, output).await,
         Command::Clone(clone) => lifecycle::clone(args, clone, output).await,
         Command::Start { names, timeout, discard } => lifecycle::start(args, names, *timeout, *discard, output).await,
+        Command::Fork { name, names } => lifecycle::fork(args, name, names, output).await,
         Command::Suspend { names } => lifecycle::suspend(args, names, output).await,
         Command::Stop { names, grace, force } => lifecycle::stop(args, names, *grace, *force, output).await,
         Command::Delete { names } => lifecycle::delete(args, names, output).await,

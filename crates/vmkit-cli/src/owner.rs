@@ -90,9 +90,10 @@ impl Drop for Owner {
     }
 }
 
-/// Deletes the machines of `run`s that died, and of those that were to become templates.
+/// Deletes the machines of `run`s that died, of those that were to become templates, and copies that were not finished.
 pub async fn sweep(context: &Context) {
-    let Ok(entries) = fs::read_dir(context.dir.join("run")) else { return };
+    // Nobody may have run anything yet.
+    let entries = fs::read_dir(context.dir.join("run")).into_iter().flatten();
     for path in entries.flatten().map(|entry| entry.path()) {
         let Some(id) = path.file_name().and_then(|name| name.to_str()).and_then(|name| Id::new(name).ok()) else {
             continue;
@@ -109,10 +110,10 @@ pub async fn sweep(context: &Context) {
             }
         }
     }
-    if context.forks()
-        && let Err(error) = context.qemu().sweep_templates().await
-    {
-        context.output.warn(format!("what is left of a template that was not finished could not be removed: {error}"));
+    if let Err(error) = context.qemu().sweep_templates().await {
+        context.output.warn(format!(
+            "what is left of a template or of copies that were not finished could not be removed: {error}"
+        ));
     }
 }
 

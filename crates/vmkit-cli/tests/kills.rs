@@ -64,6 +64,34 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
 }
 
 #[test]
+fn a_fork_that_is_killed_leaves_the_original_running_and_no_half_copies() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word"]);
+    let whole = took(|| drop(state.ok(&["fork", "web", "copy"])));
+    state.ok(&["cleanup", "copy", "--grace", "0"]);
+    let mut killed = 0;
+    for step in 0..12 {
+        let child =
+            state.command(&["fork", "web", "copy"]).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        killed += u32::from(kill_after(child, whole.mul_f64(f64::from(step) / 11.0)));
+        for (name, found) in state.machines() {
+            assert_eq!(found, "Running", "{name}, after a fork that was killed");
+            assert_eq!(state.ok(&["exec", &name, "--", "cat", "/dev/shm/word"]), "word\n");
+        }
+        assert!(state.machines().iter().any(|(name, _)| name == "web"));
+        state.ok(&["cleanup", "copy", "--grace", "0"]);
+        assert_eq!(state.pids().len(), 1, "only the original's process is left");
+        let kept = state.ok(&["template", "ls"]);
+        assert!(!kept.contains("fork-"), "what copies went on from is left: {kept}");
+    }
+    assert!(killed >= 6, "only {killed} of 12 forks were killed in time");
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
 fn other_operations_that_are_killed_leave_a_settled_machine() {
     let Some(state) = State::new() else { return };
     state.ok(&["clone", "web"]);

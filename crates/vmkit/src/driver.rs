@@ -13,6 +13,7 @@ use crate::console::ConsoleSinks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Guest;
 use crate::properties::Properties;
+use crate::snapshot::Snapshot;
 use crate::spec::{Id, Spec};
 use crate::state::{Action, Fact, State};
 
@@ -45,6 +46,10 @@ pub trait Driver: Send + 'static {
     /// Saves the execution and ends the machine's process. Committed in one step: a suspend that was interrupted left
     /// no saved execution.
     fn suspend(&mut self) -> impl Future<Output = Result<()>> + Send;
+
+    /// Saves what the machine is now, memory, processes and disk, for copies of it to go on from, while it runs on: it stands still
+    /// for moments. What failed or was dropped half way is undone by the next `begin`, and the machine runs on.
+    fn snapshot(&mut self) -> impl Future<Output = Result<Snapshot>> + Send;
 
     /// Asks the guest to shut down, and returns when it has been asked: `exited` tells when it is off.
     fn shutdown(&mut self) -> impl Future<Output = Result<()>> + Send;
@@ -139,6 +144,8 @@ pub struct Capabilities {
     pub suspend: bool,
     /// Execute commands in the guest.
     pub exec: bool,
+    /// Copies of a machine that runs.
+    pub fork: bool,
     /// Find machines again after a restart.
     pub adopt: bool,
     /// Guests have addresses.

@@ -1,11 +1,14 @@
 //! The machines of one provider.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
 
 use crate::driver::{Adopted, Capabilities, Found, Provider};
 use crate::error::{Error, ErrorKind, Result};
-use crate::instance::{Instance, WeakInstance};
+use crate::instance::{Home, Instance, WeakInstance};
 use crate::machine::Registrar;
 use crate::spec::{Id, Spec};
 use crate::state::State;
@@ -56,7 +59,8 @@ impl<P: Provider> Host<P> {
         spec.check().map_err(|e| e.on(id.as_str()))?;
         let reserved = self.reserve(&id)?;
         let driver = self.0.provider.open(&id, &spec).await.map_err(|e| e.on(id.as_str()))?;
-        Ok(reserved.fill(|exists| Instance::spawn(id, spec, driver, State::Initial, exists)))
+        let home = self.home();
+        Ok(reserved.fill(|exists| Instance::spawn(id, spec, driver, State::Initial, exists, home)))
     }
 
     /// The machine of that name, wherever it was made: this process's handle, or the machine found and taken over.
@@ -69,7 +73,8 @@ impl<P: Provider> Host<P> {
         }
         let reserved = self.reserve(id)?;
         let Adopted { driver, spec, state } = self.0.provider.adopt(id).await.map_err(|e| e.on(id.as_str()))?;
-        Ok(reserved.fill(|exists| Instance::spawn(id.clone(), spec, driver, state, exists)))
+        let home = self.home();
+        Ok(reserved.fill(|exists| Instance::spawn(id.clone(), spec, driver, state, exists, home)))
     }
 
     /// This process's handle of a machine, if it has one.
@@ -89,6 +94,10 @@ impl<P: Provider> Host<P> {
         self.0.provider.list().await
     }
 
+    fn home(&self) -> Arc<dyn Home> {
+        Arc::new(Neighbours(Arc::downgrade(&self.0)))
+    }
+
     fn reserve(&self, id: &Id) -> Result<Reservation> {
         let mut instances = self.lock();
         let taken = match instances.get(id) {
@@ -105,6 +114,39 @@ impl<P: Provider> Host<P> {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Instances> {
         self.0.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a machine knows of its host, which it does not keep.
+struct Neighbours<P>(Weak<Inner<P>>);
+
+impl<P: Provider> Neighbours<P> {
+    fn host(&self) -> Result<Host<P>> {
+        self.0.upgrade().map(Host).ok_or_else(|| {
+            Error::new(ErrorKind::Cancelled, "the host that the machine was made with has been dropped")
+                .hint("keep the host for as long as machines are made with it")
+        })
+    }
+}
+
+impl<P: Provider> Home for Neighbours<P> {
+    fn create(&self, id: Id, spec: Spec) -> BoxFuture<'_, Result<Instance>> {
+        async move { self.host()?.create(id, spec).await }.boxed()
+    }
+
+    fn is_known<'a>(&'a self, id: &'a Id) -> BoxFuture<'a, Result<bool>> {
+        async move {
+            let host = self.host()?;
+            if host.get(id).is_some() {
+                return Ok(true);
+            }
+            match host.provider().adopt(id).await {
+                Ok(_) => Ok(true),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+                Err(error) => Err(error.on(id.as_str())),
+            }
+        }
+        .boxed()
     }
 }
 

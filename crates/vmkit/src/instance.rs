@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::command::Command;
@@ -14,6 +15,7 @@ use crate::guest::{Binding, Guest};
 use crate::machine::{Kill, Machine, Registrar, Request};
 use crate::properties::{CloneInfo, Properties};
 use crate::publish::{Hook, Publisher, Status, Subscription};
+use crate::snapshot::Snapshot;
 use crate::spec::{Id, Source, Spec};
 use crate::state::{Action, State};
 
@@ -40,6 +42,16 @@ struct Inner {
     status: Publisher,
     guest: watch::Receiver<Option<Guest>>,
     probe: Arc<dyn Probe>,
+    home: Arc<dyn Home>,
+}
+
+/// Where a machine is: its host, as far as others like it are made there.
+pub(crate) trait Home: Send + Sync {
+    /// A new machine beside it.
+    fn create(&self, id: Id, spec: Spec) -> BoxFuture<'_, Result<Instance>>;
+
+    /// Whether there is a machine of that name, whoever made it.
+    fn is_known<'a>(&'a self, id: &'a Id) -> BoxFuture<'a, Result<bool>>;
 }
 
 /// How a stop went. The two are apart: a machine that crashed was stopped all the same.
@@ -66,7 +78,14 @@ impl StopReport {
 
 impl Instance {
     /// Starts the machine's task. Must be called in a tokio runtime.
-    pub(crate) fn spawn<D: Driver>(id: Id, spec: Spec, driver: D, state: State, exists: Registrar) -> Instance {
+    pub(crate) fn spawn<D: Driver>(
+        id: Id,
+        spec: Spec,
+        driver: D,
+        state: State,
+        exists: Registrar,
+        home: Arc<dyn Home>,
+    ) -> Instance {
         let (requests, requests_in) = mpsc::unbounded_channel();
         let (kills, kills_in) = mpsc::unbounded_channel();
         let status = Publisher::new(state);
@@ -86,7 +105,7 @@ impl Instance {
         };
         tokio::spawn(machine.run());
         let retired = AtomicBool::new(false);
-        Instance(Arc::new(Inner { retired, id, spec, suspendable, requests, kills, status, guest, probe }))
+        Instance(Arc::new(Inner { retired, id, spec, suspendable, requests, kills, status, guest, probe, home }))
     }
 
     /// Its name: stable, unique on its host, never empty.
@@ -195,6 +214,25 @@ impl Instance {
         self.ask(Action::Delete, Request::Delete).await?
     }
 
+    /// What it is now, saved for copies to go on from while it runs on. [`fork`](Instance::fork) makes the copies too.
+    ///
+    /// # Errors
+    /// [`ErrorKind::IllegalRequest`] unless Running; [`ErrorKind::Unsupported`] where the backend has no copies. It runs on.
+    pub async fn snapshot(&self) -> Result<Snapshot> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || self.task_gone_during("Fork");
+        self.0.requests.send(Request::Snapshot(reply)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    pub(crate) async fn beside(&self, id: &Id, spec: &Spec) -> Result<Instance> {
+        self.0.home.create(id.clone(), spec.clone()).await
+    }
+
+    pub(crate) async fn is_known(&self, id: &Id) -> Result<bool> {
+        self.0.home.is_known(id).await
+    }
+
     /// A command to be executed in the guest, shaped like `tokio::process::Command`.
     pub fn command(&self, program: impl Into<String>) -> Command {
         Command::new(self.clone(), program.into())
@@ -283,9 +321,13 @@ impl Instance {
 
     /// The runtime that the machine's task ran on has ended.
     fn task_gone(&self, action: Action) -> Error {
+        self.task_gone_during(action.name())
+    }
+
+    fn task_gone_during(&self, doing: &'static str) -> Error {
         Error::new(ErrorKind::Cancelled, "the runtime that drives the machine has shut down")
             .on(self.0.id.as_str())
-            .during(action.name())
+            .during(doing)
     }
 }
 

@@ -30,6 +30,7 @@ mod properties;
 mod publish;
 mod render;
 mod reset;
+mod snapshot;
 mod spec;
 mod state;
 mod wait;
@@ -54,6 +55,7 @@ pub use properties::{Birth, CloneInfo, Origin, Phase, Properties};
 pub use publish::{Cause, Status, Subscription};
 pub use render::{StateRow, states_dot, states_markdown, states_rows};
 pub use reset::reset;
+pub use snapshot::Snapshot;
 pub use spec::{BootImage, Id, Source, Spec, Timeouts};
 pub use state::{
     Action, Edge, Fact, State, UnknownState, Verdict, found, observe, plan, print_states, retrace, settle,

@@ -25,6 +25,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Guest;
 use crate::instance::StopReport;
 use crate::publish::{Cause, Publisher};
+use crate::snapshot::Snapshot;
 use crate::spec::{Id, Timeouts};
 use crate::state::{Action, Edge, Fact, State, Verdict, found, observe, plan, retrace, settle};
 
@@ -43,6 +44,7 @@ pub(crate) enum Request {
     Stop(Duration, oneshot::Sender<StopReport>),
     Suspend(oneshot::Sender<Result<()>>),
     Delete(oneshot::Sender<Result<()>>),
+    Snapshot(oneshot::Sender<Result<Snapshot>>),
 }
 
 /// A forced stop: it passes the queue.
@@ -165,6 +167,8 @@ impl<D: Driver> Machine<D> {
             Request::Stop(_, reply) if reply.is_closed() => {}
             Request::Suspend(reply) if reply.is_closed() => {}
             Request::Delete(reply) if reply.is_closed() => {}
+            Request::Snapshot(reply) if reply.is_closed() => {}
+            Request::Snapshot(reply) => self.snapshot(reply).await,
             Request::Clone(reply) => self.clone_source(reply).await,
             Request::Start(console, reply) => self.start(console, reply).await,
             Request::Stop(grace, mut reply) => {
@@ -413,6 +417,51 @@ impl<D: Driver> Machine<D> {
             // Reported as failed and found gone: what was asked for is true, unless it should have been there.
             Err(error) if state == State::Deleted && error.kind() != ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error.on(self.id.as_str()).during(Action::Delete.name())),
+        }
+    }
+
+    /// No request of the table: the machine is Running before, meanwhile and afterwards.
+    async fn snapshot(&mut self, mut reply: oneshot::Sender<Result<Snapshot>>) {
+        let failed = |id: &Id, error: Error| error.on(id.as_str()).during("Fork");
+        let limit = self.timeouts.lock;
+        let begun =
+            work(self.driver.begin(Action::None), limit, "waiting", reply.closed(), Some(&mut self.kills)).await;
+        match begun {
+            Ended::Done(Ok(seen)) => seen.into_iter().for_each(|fact| self.catch_up(fact)),
+            Ended::Killed(kill) => return self.on_kill(kill).await,
+            ended => {
+                let error = flat(ended).err().unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled"));
+                return drop(reply.send(Err(failed(&self.id, error))));
+            }
+        }
+        let state = self.state();
+        if state != State::Running {
+            self.driver.end();
+            let error = Error::new(ErrorKind::IllegalRequest, "only a machine that is Running can be forked");
+            return drop(reply.send(Err(failed(&self.id, error.while_in(state).hint("start it first")))));
+        }
+        let limit = self.timeouts.suspend;
+        let ended = work(self.driver.snapshot(), limit, "forking", pending(), Some(&mut self.kills)).await;
+        self.driver.end();
+        let (ended, kill) = split_kill(ended);
+        if let Ended::Done(Ok(snapshot)) = ended {
+            // Where nobody wants it any more, it goes as it is dropped.
+            return drop(reply.send(Ok(snapshot)));
+        }
+        // What it left half done is undone at once, and not when somebody wants something of the machine.
+        let begun = work(self.driver.begin(Action::None), self.timeouts.lock, "waiting", pending(), None).await;
+        if let Ended::Done(Ok(seen)) = begun {
+            self.driver.end();
+            seen.into_iter().for_each(|fact| self.catch_up(fact));
+        }
+        let error = match ended {
+            Ended::Done(Err(error)) => error,
+            Ended::Panicked => Error::new(ErrorKind::Panicked, "the backend panicked"),
+            _ => Error::new(ErrorKind::Cancelled, "cancelled"),
+        };
+        let _ = reply.send(Err(failed(&self.id, error)));
+        if let Some(kill) = kill {
+            self.on_kill(kill).await;
         }
     }
 

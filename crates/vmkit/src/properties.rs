@@ -42,6 +42,9 @@ pub struct Birth {
     pub how: Origin,
     /// Which template; absent for one that booted.
     pub template: Option<String>,
+    /// Which machine it is a copy of, as that ran: [`Instance::fork`](crate::Instance::fork).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<String>,
     /// Why it booted although it might have been forked, when something went wrong with that.
     pub note: Option<String>,
     /// When, milliseconds since 1970.

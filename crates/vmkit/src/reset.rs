@@ -18,8 +18,14 @@ use crate::properties::Properties;
 /// # Errors
 /// What the step that failed failed with; then the machine is in the state that this step left it in, with nothing of the old
 /// one unless the state is that of the deletion, and a reset can be tried again. [`ErrorKind::Inconsistent`] when what runs is
-/// not provably new: it is removed again. [`ErrorKind::TimedOut`], with the state, when `limit` passed.
+/// not provably new: it is removed again. [`ErrorKind::Unsupported`] for a copy of a machine ([`Instance::fork`]), which is not
+/// touched. [`ErrorKind::TimedOut`], with the state, when `limit` passed.
 pub async fn reset(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
+    if instance.spec().snapshot.is_some() {
+        let error =
+            Error::new(ErrorKind::Unsupported, "a copy of a machine that ran has nothing that it could be reset to");
+        return Err(error.on(instance.id().as_str()).hint("delete it, and fork the original again"));
+    }
     let own = instance.clone();
     to_the_end(instance, limit, "resetting", async move { renew(&own, console, limit).await }).await
 }
@@ -56,7 +62,7 @@ mod tests {
 
     fn machine(pid: u32, at: u64, unused: bool) -> Properties {
         let (template, note, renewed, phases) = (None, None, Vec::new(), Vec::new());
-        let birth = Birth { how: Origin::Boot, template, note, at, unused, renewed, phases };
+        let birth = Birth { how: Origin::Boot, template, copy_of: None, note, at, unused, renewed, phases };
         Properties { pid: Some(pid), birth: Some(birth), ..Properties::default() }
     }
 

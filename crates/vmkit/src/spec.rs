@@ -162,6 +162,10 @@ pub struct Spec {
     /// suspending it takes milliseconds the first time too, and starting it longer, by a copy.
     #[serde(default, skip_serializing_if = "is_false")]
     pub own_memory: bool,
+    /// The [`Snapshot`](crate::Snapshot) that its first start goes on from, instead of from what the source gives. It must be there
+    /// then: what is to be a copy never boots instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Time limits.
     #[serde(default)]
     pub timeouts: Timeouts,
@@ -181,6 +185,7 @@ impl Spec {
             memory_mib: 256,
             labels: BTreeMap::new(),
             own_memory: false,
+            snapshot: None,
             timeouts: Timeouts::default(),
         }
     }

@@ -16,7 +16,7 @@ fn run(name: &str) {
 vmkit::conformance_suite!(crate::run);
 
 /// Which cases a broken backend has to fail. It may fail more.
-const TEETH: [(Broken, &str); 29] = [
+const TEETH: [(Broken, &str); 31] = [
     (Broken::Liar, "a_started_machine_executes"),
     (Broken::Leaker, "deleting_leaves_nothing"),
     (Broken::HangsOnKill, "stopping_at_once_forces"),
@@ -28,6 +28,8 @@ const TEETH: [(Broken, &str); 29] = [
     (Broken::DeletesForeign, "a_foreign_machine_stays_untouched"),
     (Broken::KeepsHalfClones, "a_failed_clone_leaves_nothing"),
     (Broken::ForgetsSuspend, "suspending_keeps_the_execution"),
+    (Broken::CopiesBoot, "copies_go_on_where_it_was"),
+    (Broken::ForkEndsOriginal, "the_original_runs_on"),
     (Broken::SuspendLeavesProcess, "suspending_leaves_no_process"),
     (Broken::StopKeepsMemory, "stopping_loses_the_memory"),
     (Broken::NeverNoticesDeath, "a_death_is_noticed"),

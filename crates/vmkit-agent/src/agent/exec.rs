@@ -44,7 +44,12 @@ const FIRST: usize = 4 * 1024;
 
 /// Every command that runs, of every session.
 #[derive(Clone, Default)]
-pub(super) struct Running(Arc<Mutex<HashMap<u64, Arc<Life>>>>, Arc<AtomicU64>);
+pub(super) struct Running {
+    all: Arc<Mutex<HashMap<u64, Arc<Life>>>>,
+    last: Arc<AtomicU64>,
+    /// What starts now is to survive the loss of its session too.
+    frozen: Arc<AtomicBool>,
+}
 
 /// Whether a command outlives its session.
 pub(super) struct Life {
@@ -69,27 +74,38 @@ pub(super) struct Slot {
 impl Running {
     /// `None` when the session has too many already.
     pub(super) fn enter(&self, session: &Opener, detached: bool) -> Option<Slot> {
-        let mut all = lock(&self.0);
+        let mut all = lock(&self.all);
         if all.values().filter(|life| life.session.is_same(session)).count() >= MAX_EXECS {
             return None;
         }
-        let life = Arc::new(Life { session: session.clone(), detached, frozen: AtomicBool::new(false) });
-        let key = self.1.fetch_add(1, Ordering::Relaxed);
+        let life = Arc::new(Life {
+            session: session.clone(),
+            detached,
+            frozen: AtomicBool::new(self.frozen.load(Ordering::Relaxed)),
+        });
+        let key = self.last.fetch_add(1, Ordering::Relaxed);
         all.insert(key, life.clone());
         Some(Slot { life, key, all: self.clone() })
     }
 
-    /// What runs now is to survive the loss of its session, or not any more.
+    /// What runs now, and what is started until it is called off, is to survive the loss of its session, or not any more.
     pub(super) fn freeze(&self, on: bool) {
-        for life in lock(&self.0).values() {
+        let all = lock(&self.all);
+        self.frozen.store(on, Ordering::Relaxed);
+        for life in all.values() {
             life.frozen.store(on, Ordering::Relaxed);
         }
+    }
+
+    /// The guest goes on from what was saved: what is started from now on ends with its session again.
+    pub(super) fn goes_on(&self) {
+        self.frozen.store(false, Ordering::Relaxed);
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        lock(&self.all.0).remove(&self.key);
+        lock(&self.all.all).remove(&self.key);
     }
 }
 

@@ -61,6 +61,7 @@ pub(super) fn settle(agent: &Inner) {
 
 /// All of it, or an error that says what could not be done: nobody is to get a guest that is somebody else too.
 pub(super) async fn apply(renew: &Renew, agent: &Inner) -> Result<Renewed, String> {
+    agent.running.goes_on();
     // First of all: what is drawn from here on is this guest's own.
     let reseeded = match &*lock(&agent.prepared) {
         Some(prepared) => reseed(&prepared.pool, &renew.seed),

@@ -13,6 +13,10 @@ use super::layout::{DISK, LAYER, MEMORY, QMP, QMP_PROBE, SERIAL};
 /// How many processes can talk to one guest's agent at once; each has a port of its own.
 pub(crate) const LINES: usize = 8;
 
+/// What QEMU calls the machine's disk, and the image's under it.
+pub(crate) const OVERLAY: &str = "disk";
+pub(crate) const BASE: &str = "base";
+
 /// The socket of an agent's line, in the machine's directory.
 pub(crate) fn line_socket(line: usize) -> String {
     format!("agent.{line}.sock")
@@ -73,18 +77,18 @@ pub(crate) fn args(
     if let Some(base) = &image.disk {
         // As JSON: a path may have commas.
         let file = |path: &Path| json!({ "driver": "file", "filename": path, "read-only": true });
-        let mut backing = json!({ "driver": "raw", "read-only": true, "file": file(base) });
+        let mut backing = json!({ "node-name": BASE, "driver": "raw", "read-only": true, "file": file(base) });
         if layered {
             backing =
                 json!({ "driver": "qcow2", "read-only": true, "file": file(Path::new(LAYER)), "backing": backing });
         }
         let disk = json!({
-            "node-name": "disk", "driver": "qcow2", "discard": "unmap",
+            "node-name": OVERLAY, "driver": "qcow2", "discard": "unmap",
             "file": { "driver": "file", "filename": DISK, "discard": "unmap" }, "backing": backing,
         });
         add(&["-blockdev", &disk.to_string()]);
         // A full disk is the guest's error, not a guest that stands still.
-        add(&["-device", "virtio-blk-pci,drive=disk,werror=report,rerror=report"]);
+        add(&["-device", &format!("virtio-blk-pci,drive={OVERLAY},werror=report,rerror=report")]);
     }
     match &image.loader {
         // A kernel that gives up says so, and its machine ends: else nobody would know that from a guest that reboots.

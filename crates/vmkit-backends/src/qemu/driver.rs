@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use vmkit::{
     Action, Birth, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Origin, Probe, Result,
-    Spec,
+    Snapshot, Spec,
 };
 use vmkit_agent::client::Client;
 
@@ -49,11 +49,13 @@ const DISCARD: &str = "`vmkit start --discard` boots it from its disk instead; w
 pub struct QemuDriver {
     pub(super) id: Id,
     pub(super) spec: Spec,
-    config: QemuConfig,
-    templates: TemplateUse,
+    pub(super) config: QemuConfig,
+    pub(super) templates: TemplateUse,
     layout: Layout,
     pub(super) dir: PathBuf,
     lock: Option<Lock>,
+    /// Being copied while it runs: whoever takes it next lets its guest go on.
+    forking: bool,
     process: Option<Process>,
     pub(super) line: Arc<Line>,
 }
@@ -90,7 +92,11 @@ impl QemuDriver {
         let Qemu { config, layout, templates } = qemu.clone();
         let dir = layout.machine(&id);
         let line = Line::new(dir.clone(), spec.timeouts.start);
-        QemuDriver { id, spec, config, templates, layout, dir, lock: None, process: None, line }
+        QemuDriver { id, spec, config, templates, layout, dir, lock: None, forking: false, process: None, line }
+    }
+
+    pub(super) fn qemu(&self) -> Qemu {
+        Qemu { config: self.config.clone(), layout: self.layout.clone(), templates: self.templates.clone() }
     }
 
     /// Holds the process that the records name, if it is not held already.
@@ -228,7 +234,7 @@ impl QemuDriver {
     }
 
     /// Ends the process now.
-    async fn end_process(&mut self) -> Result<()> {
+    pub(super) async fn end_process(&mut self) -> Result<()> {
         let failed = |error| Error::io("the machine's process cannot be killed", error);
         match &mut self.process {
             Some(Process::Ours { child, .. }) => {
@@ -262,12 +268,18 @@ impl QemuDriver {
 
     /// The template that this machine is to be forked from, if it is to be; made when there is none.
     async fn template(&self, facts: &HostFacts, accelerator: &str) -> Result<Option<Template>> {
+        if let Some(key) = &self.spec.snapshot {
+            return self.qemu().snapshots()?.read(key).map(Some).ok_or_else(|| {
+                Error::new(ErrorKind::NotFound, "what it was to be a copy of is not kept any more")
+                    .hint("delete it, and fork the original again: `vmkit fork`")
+            });
+        }
         let TemplateUse::Fork(templates) = &self.templates else { return Ok(None) };
         let shape = Shape { image: self.image()?, spec: &self.spec, facts, accelerator };
         templates.ensure(shape, self.config.program.as_deref(), &[], false).await.map(Some)
     }
 
-    async fn facts(&self) -> Result<HostFacts> {
+    pub(super) async fn facts(&self) -> Result<HostFacts> {
         let (dir, program) = (self.layout.dir.clone(), self.config.program.clone());
         let found = tokio::task::spawn_blocking(move || HostFacts::find(&dir, program.as_deref()));
         found.await.map_err(|error| Error::new(ErrorKind::Backend, "looking for QEMU failed").caused_by(error))?
@@ -291,7 +303,7 @@ impl QemuDriver {
         Ok(run.accelerator)
     }
 
-    async fn ask_agent<T>(
+    pub(super) async fn ask_agent<T>(
         &self,
         call: impl AsyncFnOnce(Client) -> Result<T, vmkit_agent::client::AgentError>,
     ) -> Result<T> {
@@ -328,6 +340,21 @@ impl QemuDriver {
         Ok(())
     }
 
+    pub(super) fn note_fork(&mut self) -> Result<()> {
+        let Some(lock) = &self.lock else {
+            return Err(Error::new(ErrorKind::Backend, "the machine's lock is not held"));
+        };
+        lock.note_fork().map_err(|error| Error::io("the machine's lock cannot be written", error))?;
+        self.forking = true;
+        Ok(())
+    }
+
+    pub(super) fn note_forked(&mut self) -> Result<()> {
+        self.forking = false;
+        let noted = self.lock.as_ref().map_or(Ok(()), |lock| lock.note(None));
+        noted.map_err(|error| Error::io("the machine's lock cannot be written", error))
+    }
+
     fn sweep_memory(&self) {
         // Gigabytes that nobody can use any more.
         if self.process.is_none() && layout::saved(&self.dir).is_none_or(|(_, memory)| memory == Memory::Within) {
@@ -351,6 +378,10 @@ impl Driver for QemuDriver {
 
     fn end(&mut self) {
         if let Some(lock) = self.lock.take() {
+            if std::mem::take(&mut self.forking) {
+                // Cut off half way: what the lock says stays.
+                return;
+            }
             self.sweep_memory();
             // What is there and is not ours needs no lock of ours.
             lock.release(!layout::is_ours(&self.dir));
@@ -412,6 +443,7 @@ impl Driver for QemuDriver {
                     return self.fork(&template, &facts.program, laps, console).await;
                 }
                 Ok(None) => {}
+                Err(error) if self.spec.snapshot.is_some() => return Err(error),
                 Err(error) => {
                     warn!(id = %self.id, %error, "booting, because no template could be made");
                     note = Some(error.to_string());
@@ -519,6 +551,10 @@ impl Driver for QemuDriver {
         self.line.forget();
         // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.
         self.end_process().await
+    }
+
+    async fn snapshot(&mut self) -> Result<Snapshot> {
+        self.take_snapshot().await
     }
 
     async fn shutdown(&mut self) -> Result<()> {

@@ -32,20 +32,30 @@ impl Laps {
     pub(super) fn lap(&mut self, name: &str) {
         let ms = self.since.elapsed().as_secs_f64() * 1000.0;
         self.since = Instant::now();
-        self.phases.push(Phase { name: name.to_owned(), ms: (ms * 100.0).round() / 100.0 });
+        self.phases.push(phase(name, ms));
     }
 
     pub(super) fn birth(self, how: Origin, template: Option<&Template>) -> Birth {
+        let copy_of = template.and_then(|template| template.info.copy_of.as_ref());
+        let mut phases = self.phases;
+        // Not its own, and the first of it all.
+        let paused = copy_of.map(|original| original.stood_still.as_secs_f64() * 1000.0);
+        phases.splice(0..0, paused.map(|ms| phase("original paused", ms)));
         Birth {
             how,
             template: template.map(|template| template.info.key.clone()),
+            copy_of: copy_of.map(|original| original.id.clone()),
             note: None,
             at: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
-            unused: true,
+            unused: copy_of.is_none(),
             renewed: Vec::new(),
-            phases: self.phases,
+            phases,
         }
     }
+}
+
+fn phase(name: &str, ms: f64) -> Phase {
+    Phase { name: name.to_owned(), ms: (ms * 100.0).round() / 100.0 }
 }
 
 impl QemuDriver {
@@ -104,7 +114,7 @@ impl QemuDriver {
         let who = Fork {
             hostname: self.id.to_string(),
             machine_id: vmkit_agent::client::nonce(),
-            boot_id: !template.info.warm.is_empty(),
+            boot_id: !template.info.warm.is_empty() || template.info.copy_of.is_some(),
         };
         let line = self.line.clone();
         let goes_on = async {
@@ -123,15 +133,7 @@ impl QemuDriver {
     fn take_layer(&self, template: &Template) -> Result<()> {
         let Some(base) = &self.image()?.disk else { return Ok(()) };
         let (layer, from) = (self.file(LAYER), template.disk());
-        layout::remove(&layer)?;
-        match fs::hard_link(&from, &layer) {
-            // On another file system, or one without links.
-            Err(error) if error.raw_os_error() != Some(rustix::io::Errno::NOENT.raw_os_error()) => {
-                copy_sparse(&from, &layer)
-            }
-            linked => linked,
-        }
-        .map_err(|error| Error::io(format!("{} cannot be made", layer.display()), error))?;
+        link(&from, &layer)?;
         let size =
             fs::metadata(base).map_err(|error| Error::io(format!("{} cannot be read", base.display()), error))?;
         self.write_disk(Base::Overlay(Path::new(LAYER)), size.len())
@@ -159,8 +161,19 @@ impl QemuDriver {
     }
 }
 
+/// Makes a file that nobody writes to be at another place too.
+pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
+    layout::remove(to)?;
+    match fs::hard_link(from, to) {
+        // On another file system, or one without links.
+        Err(error) if error.raw_os_error() != Some(rustix::io::Errno::NOENT.raw_os_error()) => copy_sparse(from, to),
+        linked => linked,
+    }
+    .map_err(|error| Error::io(format!("{} cannot be made", to.display()), error))
+}
+
 /// Copies what there is of a file with holes; shares it instead where the file system can.
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+pub(super) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let copy = File::options().read(true).write(true).create(true).truncate(true).open(to)?;
     if ioctl_ficlone(&copy, &source).is_ok() {

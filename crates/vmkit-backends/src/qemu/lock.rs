@@ -58,6 +58,10 @@ pub(crate) struct Lock {
     path: PathBuf,
 }
 
+/// What the file's length says of a machine that is being forked: it is in no other state meanwhile, and a holder who dies leaves
+/// what one leaves who dies in a suspend, a guest that may stand still.
+const FORKING: u64 = Action::ALL.len() as u64;
+
 /// A lock, and the operation that a holder who died left half done.
 pub(crate) struct Taken {
     pub lock: Lock,
@@ -113,6 +117,11 @@ impl Lock {
         self.file.set_len(number as u64)
     }
 
+    /// Says that the machine is being forked, until something else is said.
+    pub(crate) fn note_fork(&self) -> io::Result<()> {
+        self.file.set_len(FORKING)
+    }
+
     /// Gives it free. `gone` when nothing of the machine is left: then the file goes too.
     pub(crate) fn release(self, gone: bool) {
         let _ = self.note(None);
@@ -136,23 +145,46 @@ pub(crate) enum Holder {
 /// Looks without holding it longer than for this look.
 pub(crate) fn holder(path: &Path) -> Holder {
     let Ok(file) = File::open(path) else { return Holder::Free };
-    let doing = read(&file);
+    let (doing, forking) = (read(&file), is_forking(&file));
     let free = matches!(FileLock::try_take(file, FlockOperation::NonBlockingLockShared), Ok(Some(_)));
     match (doing, free) {
         (None, _) => Holder::Free,
+        (Some(_), false) if forking => Holder::Free,
         (Some(action), true) => Holder::Died(action),
         (Some(action), false) => Holder::Busy(action),
     }
 }
 
 fn read(file: &File) -> Option<Action> {
-    let number = usize::try_from(file.metadata().ok()?.len()).ok()?;
+    let number = file.metadata().ok()?.len();
+    if number == FORKING {
+        return Some(Action::Suspend);
+    }
+    let number = usize::try_from(number).ok()?;
     Action::ALL.get(number).copied().filter(|action| *action != Action::None)
+}
+
+fn is_forking(file: &File) -> bool {
+    file.metadata().is_ok_and(|meta| meta.len() == FORKING)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_machine_that_is_being_forked_is_as_it_looks_until_who_forks_it_dies() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web");
+        let lock = Lock::take(&path, Action::None).await.unwrap().lock;
+        lock.note_fork().unwrap();
+        assert_eq!(holder(&path), Holder::Free);
+        assert!(Lock::try_take(&path, Action::Stop).unwrap().is_none());
+        drop(lock);
+        assert_eq!(holder(&path), Holder::Died(Action::Suspend));
+        let taken = Lock::take(&path, Action::Stop).await.unwrap();
+        assert_eq!(taken.left, Some(Action::Suspend));
+    }
 
     #[tokio::test]
     async fn one_holder_at_a_time_and_a_dead_one_is_known() {

@@ -31,6 +31,7 @@ mod probe;
 mod qcow2;
 mod qmp;
 mod recover;
+mod snapshot;
 mod socket;
 mod template;
 mod turns;
@@ -45,7 +46,7 @@ use vmkit::{
 pub use claim::PoolClaim;
 pub use driver::QemuDriver;
 pub use host::HostFacts;
-pub use template::TemplateInfo;
+pub use template::{CopyOf, TemplateInfo};
 
 use driver::TemplateUse;
 use layout::Layout;
@@ -54,6 +55,9 @@ use template::Templates;
 
 /// A disk with less room is as good as full, bytes.
 const FULL: u64 = 8 << 20;
+
+/// Where what copies go on from is kept, where there are no templates.
+const SNAPSHOTS: &str = ".snapshots";
 
 /// How guests execute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -135,6 +139,14 @@ impl Qemu {
             None => TemplateUse::None,
         };
         Ok(Qemu { config, layout: Layout { dir }, templates })
+    }
+
+    /// Where what copies go on from is kept: with the templates, and where there are none, beside the machines.
+    fn snapshots(&self) -> Result<Templates> {
+        match &self.templates {
+            TemplateUse::Fork(templates) => Ok(templates.clone()),
+            TemplateUse::None | TemplateUse::Make => Templates::open(&self.layout.dir.join(SNAPSHOTS)),
+        }
     }
 
     /// The same, for machines that become templates.
@@ -267,7 +279,7 @@ impl Provider for Qemu {
     type Claim = PoolClaim;
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { suspend: true, exec: true, adopt: true, network: false }
+        Capabilities { suspend: true, exec: true, fork: true, adopt: true, network: false }
     }
 
     async fn open(&self, id: &Id, spec: &Spec) -> Result<QemuDriver> {

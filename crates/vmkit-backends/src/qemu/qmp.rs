@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use qapi::ExecuteError;
 use qapi::futures::{QapiStream, QmpStreamTokio};
+use qapi::qmp::QmpCommand;
 use qapi::qmp::{
-    self, FileMigrationArgs, MigrateSetParameters, MigrationAddress, MigrationCapability, MigrationCapabilityStatus,
-    MigrationChannel, MigrationChannelType, MigrationStatus,
+    self, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
+    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus,
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
@@ -23,8 +25,27 @@ const ANSWERS: Duration = Duration::from_secs(20);
 /// How long a control session may take to begin before it is begun again.
 const GREETS: Duration = Duration::from_secs(5);
 
+/// How long a guest that is saved while it runs is to stand still for the last of its memory, milliseconds.
+const STANDS_STILL: u64 = 10;
+
+const SAVING: &str = "saving the machine's state";
+
 type Reader = QmpStreamTokio<ReadHalf<UnixStream>>;
 type Writer = QmpStreamTokio<WriteHalf<UnixStream>>;
+
+/// Has QEMU take all its disks, or let them go. There since 10.0, and not in the library yet.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct SetActive {
+    active: bool,
+}
+
+impl QmpCommand for SetActive {}
+
+impl qapi::Command for SetActive {
+    const NAME: &'static str = "blockdev-set-active";
+    const ALLOW_OOB: bool = false;
+    type Ok = qapi::Empty;
+}
 
 /// Where a saved execution has its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,21 +151,100 @@ impl Qmp {
         self.take_memory(memory).await?;
         let uri = Some(format!("file:{file}"));
         self.execute(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
-        self.migrated("saving the machine's state").await
+        self.migrated(SAVING).await
     }
 
     /// Loads what [`save`](Qmp::save) wrote. Relative to QEMU's directory.
     pub async fn load(&mut self, file: &Path, memory: Memory) -> Result<()> {
         self.take_memory(memory).await?;
-        let filename = file.to_str().ok_or_else(|| {
-            Error::new(ErrorKind::InvalidArgument, format!("{} is not valid UTF-8", file.display()))
-                .hint("use another state directory")
-        })?;
-        // Structured: in a URI, a path may have no commas.
-        let addr = MigrationAddress::file(FileMigrationArgs { filename: filename.to_owned(), offset: 0 });
-        let channels = Some(vec![MigrationChannel { addr, channel_type: MigrationChannelType::main }]);
+        let channels = Some(vec![to_file(file)?]);
         self.execute(qmp::migrate_incoming { channels, exit_on_error: None, uri: None }).await?;
         self.migrated("loading the machine's state").await
+    }
+
+    /// Saves the execution, memory and all, to a file while the guest runs: it stands still for the last of it, and then stands
+    /// still until it is told to go on. A guest that writes faster than `patience` bears stands still for longer.
+    pub async fn save_running(&mut self, file: &Path, patience: Duration) -> Result<()> {
+        self.take_memory(Memory::Within).await?;
+        let limit = MigrateSetParameters { downtime_limit: Some(STANDS_STILL), ..MigrateSetParameters::default() };
+        self.execute(qmp::migrate_set_parameters(limit)).await?;
+        let channels = Some(vec![to_file(file)?]);
+        self.execute(qmp::migrate { channels, detach: None, resume: None, uri: None }).await?;
+        let saved = timeout(patience, self.migrated(SAVING)).await;
+        match saved {
+            Ok(saved) => saved,
+            Err(_) if self.0.is_none() => {
+                Err(Error::new(ErrorKind::TimedOut, format!("{SAVING} took longer than {patience:?}")))
+            }
+            Err(_) => {
+                self.stop().await?;
+                self.migrated(SAVING).await
+            }
+        }
+    }
+
+    /// How long the guest stood still for the last of what was saved while it ran.
+    pub async fn stood_still(&mut self) -> Result<Duration> {
+        let info = self.execute(qmp::query_migrate {}).await?;
+        Ok(Duration::from_millis(info.downtime.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(0)))
+    }
+
+    /// Ends saving that is under way, whoever began it.
+    pub async fn save_no_more(&mut self) -> Result<()> {
+        self.execute(qmp::migrate_cancel {}).await?;
+        loop {
+            match self.execute(qmp::query_migrate {}).await?.status {
+                None
+                | Some(
+                    MigrationStatus::none
+                    | MigrationStatus::completed
+                    | MigrationStatus::failed
+                    | MigrationStatus::cancelled,
+                ) => return Ok(()),
+                _ => sleep(Duration::from_millis(2)).await,
+            }
+        }
+    }
+
+    /// Takes what lies between a disk and its base into the disk.
+    pub async fn flatten(&mut self, disk: &str, base: &str) -> Result<()> {
+        // A QEMU that knows this has left its disks alone until the guest goes on, which it will not; an older one has not.
+        match self.execute(SetActive { active: true }).await {
+            Err(error) if self.0.is_none() => return Err(error),
+            activated => drop(activated),
+        }
+        let job = "flatten".to_owned();
+        self.execute(qmp::block_stream {
+            job_id: Some(job.clone()),
+            device: disk.to_owned(),
+            base_node: Some(base.to_owned()),
+            auto_dismiss: Some(false),
+            auto_finalize: None,
+            backing_file: None,
+            backing_mask_protocol: None,
+            base: None,
+            bottom: None,
+            filter_node_name: None,
+            on_error: None,
+            speed: None,
+        })
+        .await?;
+        loop {
+            let jobs = self.execute(qmp::query_jobs {}).await?;
+            match jobs.into_iter().find(|other| other.id == job) {
+                Some(done) if done.status == JobStatus::concluded => {
+                    self.execute(qmp::job_dismiss { id: job }).await?;
+                    return match done.error {
+                        None => Ok(()),
+                        Some(why) => {
+                            Err(Error::new(ErrorKind::Backend, format!("copying the disk's layer failed: {why}")))
+                        }
+                    };
+                }
+                Some(_) => sleep(Duration::from_millis(1)).await,
+                None => return Err(Error::new(ErrorKind::Backend, "copying the disk's layer has ended unseen")),
+            }
+        }
     }
 
     async fn take_memory(&mut self, memory: Memory) -> Result<()> {
@@ -177,6 +277,16 @@ impl Qmp {
             pause = (pause * 2).min(Duration::from_millis(20));
         }
     }
+}
+
+/// Structured: in a URI, a path may have no commas.
+fn to_file(file: &Path) -> Result<MigrationChannel> {
+    let filename = file.to_str().ok_or_else(|| {
+        Error::new(ErrorKind::InvalidArgument, format!("{} is not valid UTF-8", file.display()))
+            .hint("use another state directory")
+    })?;
+    let addr = MigrationAddress::file(FileMigrationArgs { filename: filename.to_owned(), offset: 0 });
+    Ok(MigrationChannel { addr, channel_type: MigrationChannelType::main })
 }
 
 fn late(doing: &str) -> Error {

@@ -46,6 +46,8 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
 
 async fn go_on(dir: &std::path::Path) -> Result<()> {
     let mut qmp = Qmp::connect(dir, QMP).await?;
+    // Else it would end paused.
+    qmp.save_no_more().await?;
     if !qmp.is_running().await? {
         qmp.cont().await?;
     }

@@ -31,11 +31,12 @@ use super::driver::TemplateUse;
 use super::host::HostFacts;
 use super::layout::{self, DISK, MEMORY, SERIAL, STATE};
 use super::lock::{FileLock, Lock};
+use super::snapshot::PREFIX;
 use super::{Accelerator, Qemu, QemuConfig, image};
 
 const RECORD: &str = "template.json";
 /// Rises when a template that older code made is not what this code would make.
-const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 2;
 /// How long what a maker that died left may take to be removed.
 const CLEANUP: Duration = Duration::from_secs(60);
 
@@ -61,10 +62,23 @@ pub struct TemplateInfo {
     pub warm: Vec<String>,
     /// When it was made, seconds since 1970.
     pub created: u64,
+    /// The machine that it is a copy of as it ran, whose copies go on from it; absent when it is a template for all clones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<CopyOf>,
     /// The space it occupies, bytes.
     #[serde(default)]
     pub size: u64,
-    version: u32,
+    pub(super) version: u32,
+}
+
+/// Which machine a template is a copy of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopyOf {
+    /// Its name.
+    pub id: String,
+    /// How long it stood still for it.
+    pub stood_still: Duration,
 }
 
 /// A template that may be forked; nobody removes it meanwhile.
@@ -144,7 +158,7 @@ fn processor() -> String {
 /// The templates of one directory. Any number of processes may use it at once.
 #[derive(Clone, Debug)]
 pub(crate) struct Templates {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
 }
 
 impl Templates {
@@ -161,7 +175,7 @@ impl Templates {
         Ok(self.read(shape.key()?.as_str()))
     }
 
-    fn read(&self, key: &str) -> Option<Template> {
+    pub(super) fn read(&self, key: &str) -> Option<Template> {
         let dir = self.dir.join(key);
         let hold = File::open(dir.join(RECORD)).ok()?;
         // Whoever removes it holds it alone.
@@ -225,7 +239,8 @@ impl Templates {
                 qemu: facts.version.clone(),
                 accelerator: (*accelerator).to_owned(),
                 warm: warm.to_vec(),
-                created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+                created: today(),
+                copy_of: None,
                 size: 0,
                 version: VERSION,
             };
@@ -244,7 +259,7 @@ impl Templates {
     }
 
     /// Takes a suspended machine's files. Everything was written through when it was suspended.
-    fn publish(&self, machine: &Path, mut info: TemplateInfo) -> Result<()> {
+    pub(super) fn publish(&self, machine: &Path, mut info: TemplateInfo) -> Result<()> {
         let (staging, place) = (self.dir.join(".staging").join(&info.key), self.dir.join(&info.key));
         layout::remove_tree(&staging)?;
         layout::make_dir(&staging)?;
@@ -272,7 +287,7 @@ impl Templates {
     }
 
     /// Moved out of the way before it is removed. Who has it open keeps what he has.
-    fn discard(&self, key: &str) -> Result<()> {
+    pub(super) fn discard(&self, key: &str) -> Result<()> {
         let trash = self.dir.join(".trash").join(key);
         layout::remove_tree(&trash)?;
         layout::rename(&self.dir.join(key), &trash)?;
@@ -292,6 +307,17 @@ impl Templates {
             }
         }
         found.sort_by(|a, b| (&a.image, &a.key).cmp(&(&b.image, &b.key)));
+        Ok(found)
+    }
+
+    /// The names of those that copies of machines go on from.
+    pub(super) fn snapshots(&self) -> Result<Vec<Id>> {
+        let failed = |error| unusable(&self.dir, error);
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            found.extend(name.to_str().filter(|name| name.starts_with(PREFIX)).and_then(|name| Id::new(name).ok()));
+        }
         Ok(found)
     }
 
@@ -406,12 +432,15 @@ impl Qemu {
         self.kept()?.remove(key).await
     }
 
-    /// Removes what processes left that died while they made a template.
+    /// Removes what processes left that died while they made a template, or copies of a machine.
     ///
     /// # Errors
-    /// When it cannot be removed; as [`templates`](Qemu::templates).
+    /// When it cannot be removed.
     pub async fn sweep_templates(&self) -> Result<()> {
-        self.kept()?.sweep().await
+        if let TemplateUse::Fork(templates) = &self.templates {
+            templates.sweep().await?;
+        }
+        self.sweep_snapshots().await
     }
 
     /// Removes the templates of images of which `is_there` is false, by digest, and returns how many.
@@ -424,7 +453,7 @@ impl Qemu {
 }
 
 /// Removes what there is of a machine that was to become a template.
-async fn remove(host: &Host<Qemu>, key: &Id) -> Result<()> {
+pub(super) async fn remove(host: &Host<Qemu>, key: &Id) -> Result<()> {
     match host.adopt(key).await {
         Ok(left) => cleanup(&left, Duration::ZERO, CLEANUP).await,
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -446,6 +475,11 @@ async fn warm_up(vm: &vmkit::Instance, warm: &[String]) -> Result<()> {
     Err(Error::new(ErrorKind::Backend, format!("the template's warm-up {program:?} ended with {}", output.status))
         .hint("execute it in a machine of the same image: `vmkit run`")
         .with_details(said))
+}
+
+/// Seconds since 1970.
+pub(super) fn today() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn unusable(path: &Path, error: std::io::Error) -> Error {

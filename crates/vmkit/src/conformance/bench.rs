@@ -63,6 +63,14 @@ impl<R: Rig> Bench<R> {
         can
     }
 
+    pub(super) fn forks(&self) -> bool {
+        let can = self.host.capabilities().fork;
+        if !can {
+            self.skip("its machines cannot be forked");
+        }
+        can
+    }
+
     /// What another process has.
     pub(super) async fn elsewhere(&self) -> Host<R::Provider> {
         Host::new(self.rig.provider().await)

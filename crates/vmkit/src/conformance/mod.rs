@@ -22,6 +22,7 @@ mod clone;
 mod concurrency;
 mod exec;
 mod finding;
+mod fork;
 mod rig;
 mod start;
 mod states;
@@ -75,6 +76,8 @@ macro_rules! __conformance_cases {
                 suspendable_is_constant suspending_keeps_the_execution suspending_leaves_no_process
                 resuming_spends_the_execution stopping_loses_the_memory suspending_twice_publishes_nothing
                 a_suspended_machine_is_deleted;
+            fork:
+                copies_go_on_where_it_was the_original_runs_on a_copy_of_a_copy only_what_runs_is_forked;
             states:
                 every_state_is_seen illegal_requests_change_nothing properties_in_every_state
                 waiting_for_a_state cleaning_up_in_every_state;

@@ -1,5 +1,6 @@
 //! One simulated machine, as its hypervisor sees it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use crate::console::ConsoleSinks;
 use crate::driver::{Driver, Exit, Probe};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Guest;
+use crate::snapshot::Snapshot;
 use crate::spec::{Id, Spec};
 use crate::state::{Action, Fact};
 
@@ -128,12 +130,31 @@ impl SimDriver {
         if self.world.look(|hw| hw.is(Broken::Liar)) {
             return self.enter(verb).await.map(drop);
         }
+        let copy_of = self.spec.snapshot.clone();
         let first = |hw: &mut Hardware, id: &Id| {
             let forgets = hw.is(Broken::ForgetsSuspend);
+            let copied = match &copy_of {
+                Some(_) if hw.is(Broken::CopiesBoot) || hw.unit(id).born.is_some() => None,
+                Some(key) => match hw.snapshots.get(key) {
+                    Some((memory, files)) => Some((memory.copy(), files.clone())),
+                    None => {
+                        return Err(Error::new(
+                            ErrorKind::NotFound,
+                            "what it was to be a copy of is not kept any more",
+                        ));
+                    }
+                },
+                None => None,
+            };
             let unit = hw.unit(id);
             let memory = match (verb, &unit.saved, unit.ghost.take()) {
                 (Verb::Resume, Some(saved), _) if !forgets => saved.clone(),
                 (_, _, Some(ghost)) => ghost,
+                (Verb::Boot, _, None) if copied.is_some() => {
+                    let (memory, files) = copied.expect("it was just looked at");
+                    unit.files = files;
+                    Arc::new(memory)
+                }
                 _ => Arc::new(Memory::new()),
             };
             let console = if hw.is(Broken::SilentConsole) { ConsoleSinks::discard() } else { console };
@@ -265,6 +286,26 @@ impl Driver for SimDriver {
         result
     }
 
+    async fn snapshot(&mut self) -> Result<Snapshot> {
+        let off = || Error::new(ErrorKind::Exited, "the machine's process has ended");
+        let key = format!("copy-{}", self.world.change(|hw| hw.number()));
+        let kept = Kept { world: self.world.clone(), key: key.clone() };
+        let second = |hw: &mut Hardware, id: &Id| {
+            let ends = hw.is(Broken::ForkEndsOriginal);
+            let unit = hw.unit(id);
+            let process = unit.process.as_ref().filter(|process| process.phase == Phase::Up).ok_or_else(off)?;
+            let saved = (process.memory.copy(), unit.files.clone());
+            if ends {
+                hw.end_process(id, Exit::default());
+            }
+            hw.snapshots.insert(kept.key.clone(), saved);
+            Ok(())
+        };
+        self.perform(Verb::Snapshot, |_, _| Ok(()), second).await?;
+        let spec = Spec { labels: BTreeMap::new(), snapshot: Some(key), ..self.spec.clone() };
+        Ok(Snapshot::new(spec, Duration::ZERO, kept))
+    }
+
     async fn shutdown(&mut self) -> Result<()> {
         let second = |hw: &mut Hardware, id: &Id| {
             let delay = hw.latency.shutdown;
@@ -375,6 +416,18 @@ impl Driver for SimDriver {
 
     fn suspendable(&self) -> bool {
         self.suspendable
+    }
+}
+
+/// Keeps a snapshot until its copies are made.
+struct Kept {
+    world: World,
+    key: String,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.world.change(|hw| hw.snapshots.remove(&self.key));
     }
 }
 

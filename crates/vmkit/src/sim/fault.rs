@@ -17,6 +17,8 @@ pub enum Verb {
     Resume,
     /// [`Driver::suspend`](crate::Driver::suspend)
     Suspend,
+    /// [`Driver::snapshot`](crate::Driver::snapshot)
+    Snapshot,
     /// [`Driver::shutdown`](crate::Driver::shutdown)
     Shutdown,
     /// [`Driver::kill`](crate::Driver::kill)
@@ -43,8 +45,16 @@ pub enum Verb {
 
 impl Verb {
     /// The verbs that change a machine.
-    pub const MUTATING: [Verb; 7] =
-        [Verb::Clone, Verb::Boot, Verb::Resume, Verb::Suspend, Verb::Shutdown, Verb::Kill, Verb::Destroy];
+    pub const MUTATING: [Verb; 8] = [
+        Verb::Clone,
+        Verb::Boot,
+        Verb::Resume,
+        Verb::Suspend,
+        Verb::Snapshot,
+        Verb::Shutdown,
+        Verb::Kill,
+        Verb::Destroy,
+    ];
 
     /// Whether it changes a machine.
     pub fn is_mutating(self) -> bool {
@@ -56,6 +66,7 @@ impl Verb {
         match self {
             Verb::Clone | Verb::Boot | Verb::Resume | Verb::Destroy => false,
             Verb::Suspend
+            | Verb::Snapshot
             | Verb::Shutdown
             | Verb::Kill
             | Verb::Begin
@@ -146,7 +157,7 @@ pub struct Latency {
     pub clone: Duration,
     /// From power on until the guest's agent answers; also of a resume.
     pub boot: Duration,
-    /// Saving an execution.
+    /// Saving an execution, also for copies of it.
     pub suspend: Duration,
     /// From being asked to shut down until it is off.
     pub shutdown: Duration,
@@ -161,7 +172,7 @@ impl Latency {
         match verb {
             Verb::Clone => self.clone,
             Verb::Boot | Verb::Resume => self.boot,
-            Verb::Suspend => self.suspend,
+            Verb::Suspend | Verb::Snapshot => self.suspend,
             Verb::Kill => self.kill,
             Verb::Destroy => self.destroy,
             Verb::Shutdown
@@ -203,6 +214,10 @@ pub enum Broken {
     KeepsHalfClones,
     /// A resumed machine has forgotten what was in memory.
     ForgetsSuspend,
+    /// A copy's memory is that of a machine that has just booted.
+    CopiesBoot,
+    /// A machine that was copied has ended.
+    ForkEndsOriginal,
     /// A suspended machine's process lives on.
     SuspendLeavesProcess,
     /// A stopped machine's memory is there again after a start.
@@ -243,7 +258,7 @@ pub enum Broken {
 
 impl Broken {
     /// Each of them.
-    pub const ALL: [Broken; 29] = [
+    pub const ALL: [Broken; 31] = [
         Broken::Liar,
         Broken::Leaker,
         Broken::HangsOnKill,
@@ -255,6 +270,8 @@ impl Broken {
         Broken::DeletesForeign,
         Broken::KeepsHalfClones,
         Broken::ForgetsSuspend,
+        Broken::CopiesBoot,
+        Broken::ForkEndsOriginal,
         Broken::SuspendLeavesProcess,
         Broken::StopKeepsMemory,
         Broken::NeverNoticesDeath,

@@ -58,6 +58,20 @@ impl Memory {
         Memory { inner: Mutex::default(), power: watch::Sender::new(Power::On) }
     }
 
+    /// The same, for another machine. What runs in it are tasks of this process, and stays here.
+    pub(super) fn copy(&self) -> Memory {
+        let Inner { values, hostname, env, count, processes: _, last_pid } = &*self.lock();
+        let inner = Inner {
+            values: values.clone(),
+            hostname: hostname.clone(),
+            env: env.clone(),
+            count: *count,
+            processes: BTreeMap::new(),
+            last_pid: *last_pid,
+        };
+        Memory { inner: Mutex::new(inner), power: watch::Sender::new(Power::On) }
+    }
+
     /// Nothing in the guest moves.
     pub(super) fn freeze(&self) {
         self.power.send_replace(Power::Frozen);

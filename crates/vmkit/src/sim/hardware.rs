@@ -106,6 +106,8 @@ pub(super) struct Hardware {
     pub logs: bool,
     /// The names of pools that processes have.
     pub claims: BTreeMap<Id, u64>,
+    /// What machines were while they ran, for copies to go on from.
+    pub snapshots: BTreeMap<String, (Memory, BTreeMap<String, Vec<u8>>)>,
     /// When processes will end by themselves: found without looking at every machine.
     ends: BTreeSet<(Instant, Id)>,
     /// Machines that somebody waits for, and that may have changed since they were last woken.
@@ -130,6 +132,7 @@ impl Hardware {
             healed: 0,
             logs: true,
             claims: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             ends: BTreeSet::new(),
             touched: Vec::new(),
             last_number: 1000,

@@ -39,5 +39,5 @@ impl Probe for SimProbe {
 fn birth(at: SystemTime) -> Birth {
     let at = at.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
     let (template, note, renewed, phases) = (None, None, Vec::new(), Vec::new());
-    Birth { how: Origin::Boot, template, note, at, unused: true, renewed, phases }
+    Birth { how: Origin::Boot, template, copy_of: None, note, at, unused: true, renewed, phases }
 }

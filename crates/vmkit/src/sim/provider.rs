@@ -63,7 +63,7 @@ impl Provider for SimProvider {
     type Claim = SimClaim;
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { suspend: self.suspend, exec: true, adopt: true, network: true }
+        Capabilities { suspend: self.suspend, exec: true, fork: true, adopt: true, network: true }
     }
 
     async fn open(&self, id: &Id, spec: &Spec) -> Result<SimDriver> {

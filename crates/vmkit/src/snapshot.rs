@@ -1,0 +1,160 @@
+//! Copies of a machine that runs.
+
+use std::any::Any;
+use std::fmt;
+use std::time::Duration;
+
+use futures::future::try_join_all;
+use tracing::warn;
+
+use crate::cleanup::cleanup;
+use crate::console::ConsoleSinks;
+use crate::error::{Error, ErrorKind, Result};
+use crate::instance::Instance;
+use crate::spec::{Id, Spec};
+
+/// How long what is left of copies that were given up may take to be removed.
+const CLEANUP: Duration = Duration::from_secs(60);
+
+/// How many copies start at the same time: more only wait for each other.
+const AT_ONCE: usize = 8;
+
+/// What a machine was at one moment while it ran, for copies to go on from. Dropping it removes it; copies that were started keep
+/// what they need.
+pub struct Snapshot {
+    spec: Spec,
+    stood_still: Duration,
+    _kept: Box<dyn Any + Send + Sync>,
+}
+
+impl Snapshot {
+    /// For drivers: `spec` is what copies are made from, and `kept` removes the snapshot when it is dropped.
+    pub fn new(spec: Spec, stood_still: Duration, kept: impl Any + Send + Sync) -> Snapshot {
+        Snapshot { spec, stood_still, _kept: Box::new(kept) }
+    }
+
+    /// What a copy is made from: created, cloned and started, it goes on where the original was. It is somebody of its own by then,
+    /// as every fork is.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// How long the original stood still for it.
+    pub fn stood_still(&self) -> Duration {
+        self.stood_still
+    }
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot").field("spec", &self.spec).field("stood_still", &self.stood_still).finish()
+    }
+}
+
+impl Instance {
+    /// `n` copies of this machine, which is Running and runs on, standing still for milliseconds: memory, processes and disk as they
+    /// were, each with an identity of its own, Running. Their names are this one's with a number. All of them, or none.
+    ///
+    /// What a program has in its own memory is in every copy: random numbers it has drawn, keys, connections.
+    ///
+    /// # Errors
+    /// [`ErrorKind::IllegalRequest`] unless it is Running; [`ErrorKind::Unsupported`] where the backend has no copies;
+    /// [`ErrorKind::InvalidArgument`] for none at all; what making a machine fails with.
+    ///
+    /// # Cancel safety
+    /// Dropped, it is undone: copies that are there already are deleted, on a task of their own.
+    pub async fn fork(&self, n: usize) -> Result<Vec<Instance>> {
+        let mut names = Vec::new();
+        let mut number = 0;
+        while names.len() < n {
+            number += 1;
+            let end = format!("-{number}");
+            let stem: String = self.id().as_str().chars().take(63 - end.len()).collect();
+            let id = Id::new(stem + &end)?;
+            if !self.is_known(&id).await? {
+                names.push(id);
+            }
+        }
+        self.fork_as(&names).await
+    }
+
+    /// The same, with names given.
+    ///
+    /// # Errors
+    /// As [`fork`](Instance::fork); [`ErrorKind::AlreadyExists`] for a name that is taken.
+    ///
+    /// # Cancel safety
+    /// As [`fork`](Instance::fork).
+    pub async fn fork_as(&self, names: &[Id]) -> Result<Vec<Instance>> {
+        let failed = |error: Error| error.on(self.id().as_str()).during("Fork");
+        if names.is_empty() {
+            let error = Error::new(ErrorKind::InvalidArgument, "a fork makes at least one copy");
+            return Err(failed(error.hint("name the copies")));
+        }
+        for (at, name) in names.iter().enumerate() {
+            if names[..at].contains(name) || self.is_known(name).await? {
+                let error = Error::new(ErrorKind::AlreadyExists, format!("a machine of the name {name} exists"));
+                return Err(error.on(name.as_str()).during("Fork").hint("choose another name"));
+            }
+        }
+        let snapshot = self.snapshot().await?;
+        let mut copies = Copies(Vec::new());
+        let mut made = Ok(());
+        for name in names {
+            match self.beside(name, snapshot.spec()).await {
+                Ok(copy) => copies.0.push(copy),
+                Err(error) => {
+                    made = Err(error);
+                    break;
+                }
+            }
+        }
+        if made.is_ok() {
+            for some in copies.0.chunks(AT_ONCE) {
+                made = try_join_all(some.iter().map(begin)).await.map(drop);
+                if made.is_err() {
+                    break;
+                }
+            }
+        }
+        match made {
+            Ok(()) => Ok(std::mem::take(&mut copies.0)),
+            Err(error) => {
+                copies.give_up().await;
+                Err(error)
+            }
+        }
+    }
+}
+
+async fn begin(copy: &Instance) -> Result<()> {
+    copy.clone_source().await?;
+    copy.start(ConsoleSinks::discard()).await
+}
+
+/// Copies that nobody has yet: dropped, they are deleted.
+struct Copies(Vec<Instance>);
+
+impl Copies {
+    async fn give_up(&mut self) {
+        for copy in std::mem::take(&mut self.0) {
+            if let Err(error) = cleanup(&copy, Duration::ZERO, CLEANUP).await {
+                warn!(id = %copy.id(), %error, "a copy that was given up could not be deleted");
+            }
+        }
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        if self.0.is_empty() {
+            return;
+        }
+        let mut given_up = Copies(std::mem::take(&mut self.0));
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { given_up.give_up().await });
+        } else {
+            given_up.0.clear();
+        }
+    }
+}
