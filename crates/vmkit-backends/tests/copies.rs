@@ -63,6 +63,64 @@ fn copies_go_on_with_what_ran_and_are_nobodys_twins() {
 }
 
 #[test]
+fn nobody_takes_anothers_name_however_it_ends() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        // Old enough to have its machine id on its disk, as a machine that boots has.
+        let vm = farm.running("web").await;
+        let own = sh(&vm, "sleep 7; sync; cat /etc/machine-id").await;
+        let copy = vm.fork(1).await.unwrap().remove(0);
+        let copied = sh(&copy, "cat /etc/machine-id").await;
+        // Nobody gives either the time to write anything down.
+        vm.kill().await.stop.unwrap();
+        copy.kill().await.stop.unwrap();
+        for vm in [&vm, &copy] {
+            vm.start(ConsoleSinks::discard()).await.unwrap();
+        }
+        assert_eq!(sh(&vm, "cat /etc/machine-id").await, own, "the original is who it was");
+        let after = sh(&copy, "cat /etc/machine-id").await;
+        assert!(after.len() == 32 && after != own, "{after} was {copied}, and {own} is the original's");
+        // The same for one that booted.
+        let copy = vm.fork_as(&[id("another")]).await.unwrap().remove(0);
+        vm.kill().await.stop.unwrap();
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        assert_eq!(sh(&vm, "cat /etc/machine-id").await, own, "the original that booted is who it was");
+        discard(&copy).await;
+        discard(&farm.host.adopt(&id("web-1")).await.unwrap()).await;
+        discard(&vm).await;
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn what_survived_a_suspend_survives_a_fork_too() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        let vm = farm.running("web").await;
+        // It prints when it is told to, and ends when nobody hears it.
+        let talks = "echo $$ > /dev/shm/pid; while :; do [ -e /dev/shm/say ] && { echo said && echo again && rm /dev/shm/say; }; sleep 0.2; done";
+        let child = vm.command("sh").args(["-c", talks]).stdout(true).spawn().await.unwrap();
+        sh(&vm, "while ! [ -s /dev/shm/pid ]; do sleep 0.1; done").await;
+        vm.suspend().await.unwrap();
+        drop(child);
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        let copy = vm.fork(1).await.unwrap().remove(0);
+        let copy_of_copy = copy.fork_as(&[id("third")]).await.unwrap().remove(0);
+        for vm in [&vm, &copy, &copy_of_copy] {
+            let script = "touch /dev/shm/say; while [ -e /dev/shm/say ]; do kill -0 $(cat /dev/shm/pid) || exit 1; sleep 0.1; done";
+            sh(vm, script).await;
+            sh(vm, "sleep 1; kill -0 $(cat /dev/shm/pid)").await;
+        }
+        for vm in [&vm, &copy, &copy_of_copy] {
+            discard(vm).await;
+        }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
 fn what_cannot_be_copied_is_an_error_and_nothing_changes() {
     let Some(image) = base() else { return };
     let farm = Farm::new(image, false);

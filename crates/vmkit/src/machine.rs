@@ -196,8 +196,7 @@ impl<D: Driver> Machine<D> {
                 return Err(self.error(ErrorKind::Cancelled, action, "a forced stop ended it"));
             }
             Ended::Done(Err(error)) if error.kind() == ErrorKind::TimedOut => {
-                let message = format!("another process has held the machine for {limit:?}");
-                return Err(self.error(ErrorKind::Busy, action, message).hint("try again when it is done"));
+                return Err(busy(limit).on(self.id.as_str()).during(action.name()));
             }
             ended => {
                 return Err(flat(ended).err().map_or_else(
@@ -422,47 +421,52 @@ impl<D: Driver> Machine<D> {
 
     /// No request of the table: the machine is Running before, meanwhile and afterwards.
     async fn snapshot(&mut self, mut reply: oneshot::Sender<Result<Snapshot>>) {
-        let failed = |id: &Id, error: Error| error.on(id.as_str()).during("Fork");
+        let forced = || Error::new(ErrorKind::Cancelled, "a forced stop ended it");
+        let failed = |id: &Id, error: Error| Err(error.on(id.as_str()).during("Fork"));
         let limit = self.timeouts.lock;
         let begun =
             work(self.driver.begin(Action::None), limit, "waiting", reply.closed(), Some(&mut self.kills)).await;
         match begun {
             Ended::Done(Ok(seen)) => seen.into_iter().for_each(|fact| self.catch_up(fact)),
-            Ended::Killed(kill) => return self.on_kill(kill).await,
+            Ended::Killed(kill) => {
+                let _ = reply.send(failed(&self.id, forced()));
+                return self.on_kill(kill).await;
+            }
             ended => {
-                let error = flat(ended).err().unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled"));
-                return drop(reply.send(Err(failed(&self.id, error))));
+                let error = match flat(ended).err() {
+                    Some(error) if error.kind() == ErrorKind::TimedOut => busy(limit),
+                    error => error.unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled")),
+                };
+                return drop(reply.send(failed(&self.id, error)));
             }
         }
         let state = self.state();
         if state != State::Running {
             self.driver.end();
             let error = Error::new(ErrorKind::IllegalRequest, "only a machine that is Running can be forked");
-            return drop(reply.send(Err(failed(&self.id, error.while_in(state).hint("start it first")))));
+            return drop(reply.send(failed(&self.id, error.while_in(state).hint("start it first"))));
         }
         let limit = self.timeouts.suspend;
         let ended = work(self.driver.snapshot(), limit, "forking", pending(), Some(&mut self.kills)).await;
         self.driver.end();
-        let (ended, kill) = split_kill(ended);
-        if let Ended::Done(Ok(snapshot)) = ended {
-            // Where nobody wants it any more, it goes as it is dropped.
-            return drop(reply.send(Ok(snapshot)));
-        }
-        // What it left half done is undone at once, and not when somebody wants something of the machine.
-        let begun = work(self.driver.begin(Action::None), self.timeouts.lock, "waiting", pending(), None).await;
-        if let Ended::Done(Ok(seen)) = begun {
-            self.driver.end();
-            seen.into_iter().for_each(|fact| self.catch_up(fact));
-        }
         let error = match ended {
+            // Where nobody wants it any more, it goes as it is dropped.
+            Ended::Done(Ok(snapshot)) => return drop(reply.send(Ok(snapshot))),
+            Ended::Killed(kill) => {
+                let _ = reply.send(failed(&self.id, forced()));
+                return self.on_kill(kill).await;
+            }
             Ended::Done(Err(error)) => error,
             Ended::Panicked => Error::new(ErrorKind::Panicked, "the backend panicked"),
-            _ => Error::new(ErrorKind::Cancelled, "cancelled"),
+            Ended::CallerGone => Error::new(ErrorKind::Cancelled, "cancelled"),
         };
-        let _ = reply.send(Err(failed(&self.id, error)));
-        if let Some(kill) = kill {
-            self.on_kill(kill).await;
+        // What it left half done is undone at once, and not when somebody wants something of the machine. If it has ended, that is
+        // noticed as ever.
+        let begun = work(self.driver.begin(Action::None), self.timeouts.lock, "waiting", pending(), None).await;
+        if let Ended::Done(Ok(_)) = begun {
+            self.driver.end();
         }
+        let _ = reply.send(failed(&self.id, error));
     }
 
     async fn on_kill(&mut self, kill: Kill) {
@@ -548,6 +552,11 @@ impl<D: Driver> Machine<D> {
     fn error(&self, kind: ErrorKind, action: Action, message: impl Into<String>) -> Error {
         Error::new(kind, message).on(self.id.as_str()).during(action.name())
     }
+}
+
+fn busy(limit: Duration) -> Error {
+    Error::new(ErrorKind::Busy, format!("another process has held the machine for {limit:?}"))
+        .hint("try again when it is done")
 }
 
 enum Admitted {

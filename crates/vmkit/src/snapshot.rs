@@ -137,11 +137,16 @@ struct Copies(Vec<Instance>);
 
 impl Copies {
     async fn give_up(&mut self) {
-        for copy in std::mem::take(&mut self.0) {
-            if let Err(error) = cleanup(&copy, Duration::ZERO, CLEANUP).await {
-                warn!(id = %copy.id(), %error, "a copy that was given up could not be deleted");
+        let copies = std::mem::take(&mut self.0);
+        // On a task of its own: whoever waits for it may go away.
+        let deleted = tokio::spawn(async move {
+            for copy in copies {
+                if let Err(error) = cleanup(&copy, Duration::ZERO, CLEANUP).await {
+                    warn!(id = %copy.id(), %error, "a copy that was given up could not be deleted");
+                }
             }
-        }
+        });
+        let _ = deleted.await;
     }
 }
 

@@ -56,11 +56,13 @@ pub(super) struct Life {
     session: Opener,
     detached: bool,
     frozen: AtomicBool,
+    /// Its session was lost while the guest was saved: nobody ends it for that any more.
+    kept: AtomicBool,
 }
 
 impl Life {
     fn outlives(&self) -> bool {
-        self.detached || self.frozen.load(Ordering::Relaxed)
+        self.detached || self.frozen.load(Ordering::Relaxed) || self.kept.load(Ordering::Relaxed)
     }
 }
 
@@ -82,6 +84,7 @@ impl Running {
             session: session.clone(),
             detached,
             frozen: AtomicBool::new(self.frozen.load(Ordering::Relaxed)),
+            kept: AtomicBool::new(false),
         });
         let key = self.last.fetch_add(1, Ordering::Relaxed);
         all.insert(key, life.clone());
@@ -97,9 +100,13 @@ impl Running {
         }
     }
 
-    /// The guest goes on from what was saved: what is started from now on ends with its session again.
+    /// The guest goes on from what was saved: what ran then lives on, and what is started from now on ends with its session again.
     pub(super) fn goes_on(&self) {
+        let all = lock(&self.all);
         self.frozen.store(false, Ordering::Relaxed);
+        for life in all.values().filter(|life| life.frozen.load(Ordering::Relaxed)) {
+            life.kept.store(true, Ordering::Relaxed);
+        }
     }
 }
 

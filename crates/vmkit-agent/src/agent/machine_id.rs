@@ -86,8 +86,14 @@ impl MachineId {
         for place in &places {
             mount_bind(SHOWN, place)?;
         }
-        kept.iter().try_for_each(|file| file.set_len(0))?;
-        Ok(Some(MachineId { shown, kept }))
+        let id = MachineId { shown, kept };
+        id.clear()?;
+        Ok(Some(id))
+    }
+
+    /// Nobody boots with this one any more, until it is settled.
+    pub(super) fn clear(&self) -> io::Result<()> {
+        self.kept.iter().try_for_each(|file| file.set_len(0))
     }
 
     /// From now on it is another.
@@ -100,7 +106,11 @@ impl MachineId {
     pub(super) fn settle(&self) -> io::Result<()> {
         let mut now = vec![0; LENGTH];
         let length = self.shown.read_at(&mut now, 0)?;
-        self.kept.iter().try_for_each(|file| file.write_all_at(&now[..length], 0))
+        for file in &self.kept {
+            file.write_all_at(&now[..length], 0)?;
+            file.sync_data()?;
+        }
+        Ok(())
     }
 }
 

@@ -202,6 +202,10 @@ impl Session {
             Request::Ping(number) => answer(&mut stream, &Reply::Pong(number)).await,
             Request::Freeze(on) => {
                 self.agent.0.running.freeze(on);
+                if !on {
+                    // It goes on as who it was, also after it was made ready for others to go on from.
+                    renew::settle(&self.agent.0);
+                }
                 answer(&mut stream, &Reply::Done).await;
             }
             Request::Bind(binding) => match bind::apply(binding, &self.agent.0.env) {

@@ -43,7 +43,8 @@ pub(super) fn prepare(agent: &Inner) {
     let Ok(pool) = pool() else { return };
     let mut prepared = lock(&agent.prepared);
     let id = match prepared.take() {
-        Some(Prepared { id: Ok(id), .. }) => Ok(id),
+        // It has been somebody of its own since.
+        Some(Prepared { id: Ok(id), .. }) => id.as_ref().map_or(Ok(()), MachineId::clear).map(|()| id),
         _ => MachineId::prepare(),
     };
     let (keys, hooks) = (!host_keys(Path::new(SSH)).is_empty(), !hooks(Path::new(HOOKS)).is_empty());
@@ -111,6 +112,8 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
         renew_host_key(kind, key, agent).await?;
     }
     if !keys.is_empty() {
+        // Whatever ends it from here on, the others' keys are not there any more.
+        rustix::fs::sync();
         what.push("ssh-host-keys".into());
         // One that runs already has read the old ones.
         let pid = fs::read_to_string("/run/sshd.pid").ok().and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));

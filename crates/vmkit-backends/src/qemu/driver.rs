@@ -253,12 +253,16 @@ impl QemuDriver {
     }
 
     pub(super) fn check_space(&self) -> Result<()> {
+        self.check_space_for(self.spec.memory_mib)
+    }
+
+    pub(super) fn check_space_for(&self, needed: u64) -> Result<()> {
         let stat = rustix::fs::statvfs(&self.dir)
             .map_err(|error| Error::io(format!("{} cannot be looked at", self.dir.display()), error.into()))?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
         // Its memory is a file. A guest whose memory the disk cannot hold is killed in the middle of its work.
-        if free < self.spec.memory_mib {
-            let message = format!("{free} MiB are free, and the machine's memory needs {} MiB", self.spec.memory_mib);
+        if free < needed {
+            let message = format!("{free} MiB are free, and the machine's memory needs {needed} MiB");
             return Err(Error::new(ErrorKind::ResourceExhausted, message).hint(
                 "free some space, give it less memory, or use another disk with --state-dir or VMKIT_STATE_DIR",
             ));

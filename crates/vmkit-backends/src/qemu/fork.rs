@@ -109,8 +109,10 @@ impl QemuDriver {
                 ))
             }
         })?;
-        // From here on its disk is its own: the next start boots from it.
-        layout::remove(&self.file(FRESH))?;
+        // From here on its disk is its own: the next start boots from it. One that is a copy is tried anew as a copy, or not at all.
+        if template.info.copy_of.is_none() {
+            layout::remove(&self.file(FRESH))?;
+        }
         let who = Fork {
             hostname: self.id.to_string(),
             machine_id: vmkit_agent::client::nonce(),
@@ -125,6 +127,7 @@ impl QemuDriver {
         };
         let renewed = self.until(from, goes_on).await?;
         laps.lap("identity");
+        layout::remove(&self.file(FRESH))?;
         layout::write_birth(&self.dir, &Birth { renewed, ..laps.birth(Origin::Fork, Some(template)) });
         self.mark_ready()
     }
@@ -166,7 +169,9 @@ pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
     layout::remove(to)?;
     match fs::hard_link(from, to) {
         // On another file system, or one without links.
-        Err(error) if error.raw_os_error() != Some(rustix::io::Errno::NOENT.raw_os_error()) => copy_sparse(from, to),
+        Err(error) if error.raw_os_error() != Some(rustix::io::Errno::NOENT.raw_os_error()) => {
+            copy_sparse(from, to).and_then(|()| File::open(to)?.sync_all())
+        }
         linked => linked,
     }
     .map_err(|error| Error::io(format!("{} cannot be made", to.display()), error))

@@ -56,7 +56,7 @@ use template::Templates;
 /// A disk with less room is as good as full, bytes.
 const FULL: u64 = 8 << 20;
 
-/// Where what copies go on from is kept, where there are no templates.
+/// Where what copies go on from is kept, in the directory of the machines.
 const SNAPSHOTS: &str = ".snapshots";
 
 /// How guests execute.
@@ -141,12 +141,9 @@ impl Qemu {
         Ok(Qemu { config, layout: Layout { dir }, templates })
     }
 
-    /// Where what copies go on from is kept: with the templates, and where there are none, beside the machines.
+    /// Where what copies go on from is kept: beside the machines, whether there are templates or not.
     fn snapshots(&self) -> Result<Templates> {
-        match &self.templates {
-            TemplateUse::Fork(templates) => Ok(templates.clone()),
-            TemplateUse::None | TemplateUse::Make => Templates::open(&self.layout.dir.join(SNAPSHOTS)),
-        }
+        Templates::open(&self.layout.dir.join(SNAPSHOTS))
     }
 
     /// The same, for machines that become templates.

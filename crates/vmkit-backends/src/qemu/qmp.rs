@@ -1,7 +1,7 @@
 //! QEMU's control socket: a session for one operation, each command with a deadline.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use qapi::ExecuteError;
 use qapi::futures::{QapiStream, QmpStreamTokio};
@@ -163,30 +163,25 @@ impl Qmp {
     }
 
     /// Saves the execution, memory and all, to a file while the guest runs: it stands still for the last of it, and then stands
-    /// still until it is told to go on. A guest that writes faster than `patience` bears stands still for longer.
-    pub async fn save_running(&mut self, file: &Path, patience: Duration) -> Result<()> {
+    /// still until it is told to go on. One that writes faster than it can be saved for `patience`, or until `most` bytes are
+    /// written, stands still for longer. Returns since when it stands still.
+    pub async fn save_running(&mut self, file: &Path, patience: Duration, most: u64) -> Result<Instant> {
         self.take_memory(Memory::Within).await?;
         let limit = MigrateSetParameters { downtime_limit: Some(STANDS_STILL), ..MigrateSetParameters::default() };
         self.execute(qmp::migrate_set_parameters(limit)).await?;
         let channels = Some(vec![to_file(file)?]);
         self.execute(qmp::migrate { channels, detach: None, resume: None, uri: None }).await?;
-        let saved = timeout(patience, self.migrated(SAVING)).await;
-        match saved {
-            Ok(saved) => saved,
-            Err(_) if self.0.is_none() => {
-                Err(Error::new(ErrorKind::TimedOut, format!("{SAVING} took longer than {patience:?}")))
-            }
-            Err(_) => {
-                self.stop().await?;
-                self.migrated(SAVING).await
-            }
+        let until = Instant::now() + patience;
+        let chase = Chase { until, most };
+        if self.migrated_or(SAVING, Some(chase)).await? {
+            let info = self.execute(qmp::query_migrate {}).await?;
+            let downtime = Duration::from_millis(info.downtime.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(0));
+            return Ok(Instant::now().checked_sub(downtime).unwrap_or(until));
         }
-    }
-
-    /// How long the guest stood still for the last of what was saved while it ran.
-    pub async fn stood_still(&mut self) -> Result<Duration> {
-        let info = self.execute(qmp::query_migrate {}).await?;
-        Ok(Duration::from_millis(info.downtime.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(0)))
+        let since = Instant::now();
+        self.stop().await?;
+        self.migrated(SAVING).await?;
+        Ok(since)
     }
 
     /// Ends saving that is under way, whoever began it.
@@ -260,23 +255,40 @@ impl Qmp {
         Ok(())
     }
 
-    /// Asked again and again: the event that announces it may be missed, the answer to a question cannot.
     async fn migrated(&mut self, doing: &str) -> Result<()> {
+        self.migrated_or(doing, None).await.map(drop)
+    }
+
+    /// Whether it is done, and not the chase over. Asked again and again: the event that announces it may be missed, the answer to
+    /// a question cannot.
+    async fn migrated_or(&mut self, doing: &str, chase: Option<Chase>) -> Result<bool> {
         let mut pause = Duration::from_micros(200);
         loop {
             let info = self.execute(qmp::query_migrate {}).await?;
             match info.status {
-                Some(MigrationStatus::completed) => return Ok(()),
+                Some(MigrationStatus::completed) => return Ok(true),
                 Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
                     let why = info.error_desc.unwrap_or_else(|| "QEMU does not say why".into());
                     return Err(Error::new(ErrorKind::Backend, format!("{doing} failed: {why}")));
                 }
                 _ => {}
             }
+            let written = info.ram.and_then(|ram| u64::try_from(ram.transferred).ok()).unwrap_or(0);
+            if chase.is_some_and(|Chase { until, most }| Instant::now() > until || written > most) {
+                return Ok(false);
+            }
             sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(20));
         }
     }
+}
+
+/// How long a guest that runs is saved before it has to stand still.
+#[derive(Clone, Copy)]
+struct Chase {
+    until: Instant,
+    /// Bytes.
+    most: u64,
 }
 
 /// Structured: in a URI, a path may have no commas.

@@ -12,16 +12,17 @@
 //! disk, it is a template as any other, but for its name, and that it goes when nobody makes copies of it any more.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 use tracing::{debug, warn};
-use vmkit::{Action, Error, ErrorKind, Host, Id, Result, Snapshot, Spec};
+use vmkit::{Action, Driver, Error, ErrorKind, Id, Result, Snapshot, Spec};
 use vmkit_agent::client::Client;
 
 use super::args::{BASE, Begin, OVERLAY};
-use super::driver::{QemuDriver, TemplateUse};
+use super::driver::QemuDriver;
 use super::fork::{copy_sparse, link};
 use super::image;
 use super::layout::{self, DISK, LAYER, MEMORY, SERIAL, STATE, STATE_FULL};
@@ -30,13 +31,21 @@ use super::lock::Lock;
 use super::qmp::{Memory, Qmp};
 use super::template::{self, CopyOf, TemplateInfo, Templates};
 use super::{Qemu, QemuConfig, SNAPSHOTS};
-use crate::process::Identity;
 
 /// How the names of such templates begin.
-pub(super) const PREFIX: &str = "fork-";
+const PREFIX: &str = "fork-";
 
 /// How long a guest may write faster than it can be saved before it stands still for the rest.
 const CHASES: Duration = Duration::from_secs(10);
+
+/// How many times its memory what is saved of it may take, because it writes meanwhile.
+const WRITES: u64 = 2;
+
+/// How much of a console's log copies have, bytes.
+const LOG: u64 = 64 << 10;
+
+/// How long a copy's lock may be somebody's before it is left to that one.
+const LETS_GO: Duration = Duration::from_millis(100);
 
 /// How long the agent may take to get ready: what the guest wrote goes to its disk.
 const PREPARES: Duration = Duration::from_secs(60);
@@ -51,19 +60,9 @@ struct Kept {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        // Also what is left of one that was not finished.
-        for dir in
-            [self.templates.dir.join(".work").join(self.key.as_str()), self.templates.dir.join(self.key.as_str())]
-        {
-            if dir.symlink_metadata().is_err() {
-                continue;
-            }
-            let left =
-                layout::qemus_in(&dir).into_iter().filter_map(|pid| Identity::of(pid).ok().flatten()?.hold().ok()?);
-            left.for_each(|process| drop(process.kill()));
-            if let Err(error) = layout::remove_tree(&dir) {
-                warn!(key = %self.key, %error, "what copies were made from is not removed yet");
-            }
+        if let Err(error) = self.templates.clear(&self.key) {
+            warn!(key = %self.key, %error, "what copies were made from is not removed yet");
+            return;
         }
         if let Some(lock) = self.lock.take() {
             lock.release(true);
@@ -88,7 +87,7 @@ impl QemuDriver {
         let spec = Spec { labels: Default::default(), ..self.spec.clone() };
         let draft = work.machine_dir(&key);
         let made = async {
-            self.check_space()?;
+            self.check_space_to_copy()?;
             layout::make_dir(&draft)?;
             layout::write_record(&draft, &Spec { own_memory: true, ..spec.clone() })?;
             if self.file(LAYER).exists() {
@@ -99,6 +98,12 @@ impl QemuDriver {
             let settled = copy.become_template(&run.accelerator, &facts.program).await;
             let ended = copy.end_process().await;
             settled.and(ended)?;
+            layout::remove(&draft.join(STATE_FULL))?;
+            if self.config.durable {
+                // Copies that are suspended for good lie on it.
+                let disk = draft.join(DISK);
+                blocking(move || layout::sync(&disk)).await?;
+            }
             templates.publish(
                 &draft,
                 TemplateInfo {
@@ -122,31 +127,20 @@ impl QemuDriver {
         Ok(Snapshot::new(Spec { snapshot: Some(key.to_string()), ..spec }, made?, kept))
     }
 
+    /// Room for its memory as it is saved and as it is loaded, and for its disk.
+    fn check_space_to_copy(&self) -> Result<()> {
+        let disks = [DISK, LAYER].map(|file| fs::metadata(self.file(file)).map_or(0, |meta| meta.blocks() * 512));
+        self.check_space_for(self.spec.memory_mib * (1 + WRITES) + (disks.iter().sum::<u64>() >> 20))
+    }
+
     /// Saves memory, devices and disk to another machine's directory. Returns how long the guest stood still.
     async fn save_beside(&mut self, draft: &Path) -> Result<Duration> {
         let mut qmp = Qmp::connect(&self.dir, super::layout::QMP).await?;
-        // What it shares with copies of it is opened, and what it wrote is on its disk.
-        let ready = async { self.line.client().await?.prepare().await.map_err(translate) };
-        timeout(PREPARES, ready).await.map_err(|_| {
-            Error::new(ErrorKind::Agent, format!("the guest did not write its data to its disk within {PREPARES:?}"))
-        })??;
-        // From here on, whoever comes after a process that died lets the guest go on.
+        // From here on, whoever comes after a process that died lets the guest go on, as who it was.
         self.note_fork()?;
-        let saved = async {
-            // What runs lives on in the copies, where nobody is connected to it.
-            self.ask_agent(async |agent: Client| agent.freeze(true).await).await?;
-            qmp.save_running(&draft.join(STATE_FULL), CHASES).await
-        };
-        let mut result = saved.await;
-        let still = Instant::now();
-        if result.is_ok() {
-            // No more than it wrote, and it stands still for it.
-            result = copy_sparse(&self.file(DISK), &draft.join(DISK))
-                .map_err(|error| Error::io("the machine's disk cannot be copied", error));
-            let _ = fs::copy(self.file(SERIAL), draft.join(SERIAL));
-        }
+        let saved = self.save_to(&mut qmp, draft).await;
         let goes_on = async {
-            if result.is_err() {
+            if saved.is_err() {
                 qmp.save_no_more().await?;
             }
             if !qmp.is_running().await? {
@@ -154,19 +148,40 @@ impl QemuDriver {
             }
             Ok(())
         };
+        // The note stays: the next look lets it go on, or ends it.
         let went_on: Result<()> = goes_on.await;
-        let still = still.elapsed() + qmp.stood_still().await.unwrap_or_default();
-        match went_on {
-            Ok(()) => {
-                if let Err(error) = self.ask_agent(async |agent: Client| agent.freeze(false).await).await {
-                    debug!(id = %self.id, %error, "telling a guest that it was copied");
-                }
-                self.note_forked()?;
-            }
-            // The note stays: the next look lets it go on, or ends it.
-            Err(error) => return Err(result.err().unwrap_or(error)),
+        let still = saved.as_ref().map(Instant::elapsed).unwrap_or_default();
+        if let Err(error) = went_on {
+            return Err(saved.err().unwrap_or(error));
         }
-        result.map(|()| still)
+        match self.ask_agent(async |agent: Client| agent.freeze(false).await).await {
+            Ok(()) => self.note_forked()?,
+            Err(error) => debug!(id = %self.id, %error, "a guest is yet to be told that it was copied"),
+        }
+        saved?;
+        // What its console said is for people, and of that the end.
+        let log = layout::tail(&self.file(SERIAL), LOG);
+        fs::write(draft.join(SERIAL), log).map_err(|error| Error::io("the console's log cannot be copied", error))?;
+        Ok(still)
+    }
+
+    /// Returns since when the guest stands still.
+    async fn save_to(&self, qmp: &mut Qmp, draft: &Path) -> Result<Instant> {
+        // What is renewed in copies is opened, nobody boots with its machine id, and what it wrote is on its disk.
+        let ready = async { self.line.client().await?.prepare().await.map_err(translate) };
+        timeout(PREPARES, ready).await.map_err(|_| {
+            Error::new(ErrorKind::Agent, format!("the guest did not write its data to its disk within {PREPARES:?}"))
+        })??;
+        // What runs lives on in the copies, where nobody is connected to it.
+        self.ask_agent(async |agent: Client| agent.freeze(true).await).await?;
+        let since = qmp.save_running(&draft.join(STATE_FULL), CHASES, self.spec.memory_mib * WRITES << 20).await?;
+        // No more than it wrote, and it stands still for it.
+        let (from, to) = (self.file(DISK), draft.join(DISK));
+        blocking(move || {
+            copy_sparse(&from, &to).map_err(|error| Error::io("the machine's disk cannot be copied", error))
+        })
+        .await?;
+        Ok(since)
     }
 
     /// Loads what was saved into a memory file, and makes the disk one that lies on the image's. The guest does not run.
@@ -185,7 +200,9 @@ impl QemuDriver {
             }
             qmp.save(STATE, Memory::Elsewhere).await
         };
-        self.until(0, convert).await?;
+        // What the original's console said is not about this.
+        let from = fs::metadata(self.file(SERIAL)).map_or(0, |meta| meta.len());
+        self.until(from, convert).await?;
         debug_assert!(self.file(MEMORY).exists());
         Ok(())
     }
@@ -194,41 +211,45 @@ impl QemuDriver {
 impl Qemu {
     /// Removes what processes left that died while they made copies: what copies go on from, and copies that never did.
     pub(super) async fn sweep_snapshots(&self) -> Result<()> {
-        let beside = matches!(self.templates, TemplateUse::None);
-        if beside && !self.layout.dir.join(SNAPSHOTS).is_dir() {
+        // Mostly there is nothing, and that is known by one look.
+        if !self.layout.dir.join(SNAPSHOTS).is_dir() {
             return Ok(());
         }
         let templates = self.snapshots()?;
-        if beside {
-            templates.sweep().await?;
-        }
-        for key in templates.snapshots()? {
+        for key in templates.held()? {
             let Some(taken) = Lock::try_take(&templates.dir.join(".locks").join(key.as_str()), Action::Delete)? else {
                 continue;
             };
-            // Whoever had it may have removed it meanwhile.
-            let removed = match templates.dir.join(key.as_str()).is_dir() {
-                true => self.remove_copies(&key).await.and_then(|()| templates.discard(key.as_str())),
-                false => Ok(()),
-            };
+            self.remove_copies(&key).await?;
+            templates.clear(&key)?;
             taken.lock.release(true);
-            removed?;
         }
         Ok(())
     }
 
+    /// Removes copies that have not gone on yet. One that somebody operates on is left to it.
     async fn remove_copies(&self, key: &Id) -> Result<()> {
-        let host = Host::new(self.clone());
         for id in self.layout.machines()? {
-            let dir = self.layout.machine(&id);
-            let spec = layout::read_record(&dir).ok().map(|record| record.spec);
-            let runs = layout::live_run(&dir).is_some_and(|run| run.ready);
-            // One that has a birth has run.
-            let never_ran = !runs && layout::read_birth(&dir).is_none();
-            if never_ran && spec.is_some_and(|spec| spec.snapshot.as_deref() == Some(key.as_str())) {
-                template::remove(&host, &id).await?;
+            let Ok(record) = layout::read_record(&self.layout.machine(&id)) else { continue };
+            if record.spec.snapshot.as_deref() != Some(key.as_str()) || !self.is_fresh(&id) {
+                continue;
             }
+            let mut copy = self.driver(&id, record.spec);
+            let Ok(begun) = timeout(LETS_GO, copy.begin(Action::Delete)).await else { continue };
+            begun?;
+            // Under its lock: it may have gone on meanwhile.
+            let removed = match self.is_fresh(&id) {
+                true => copy.destroy().await,
+                false => Ok(()),
+            };
+            copy.end();
+            removed?;
         }
         Ok(())
     }
+}
+
+async fn blocking(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Error::new(ErrorKind::Io, "writing to disk failed").caused_by(error))?
 }

@@ -31,8 +31,8 @@ use super::driver::TemplateUse;
 use super::host::HostFacts;
 use super::layout::{self, DISK, MEMORY, SERIAL, STATE};
 use super::lock::{FileLock, Lock};
-use super::snapshot::PREFIX;
 use super::{Accelerator, Qemu, QemuConfig, image};
+use crate::process::Identity;
 
 const RECORD: &str = "template.json";
 /// Rises when a template that older code made is not what this code would make.
@@ -287,7 +287,7 @@ impl Templates {
     }
 
     /// Moved out of the way before it is removed. Who has it open keeps what he has.
-    pub(super) fn discard(&self, key: &str) -> Result<()> {
+    fn discard(&self, key: &str) -> Result<()> {
         let trash = self.dir.join(".trash").join(key);
         layout::remove_tree(&trash)?;
         layout::rename(&self.dir.join(key), &trash)?;
@@ -310,15 +310,29 @@ impl Templates {
         Ok(found)
     }
 
-    /// The names of those that copies of machines go on from.
-    pub(super) fn snapshots(&self) -> Result<Vec<Id>> {
-        let failed = |error| unusable(&self.dir, error);
+    /// The names of what is there, is being made, or was when its maker died.
+    pub(super) fn held(&self) -> Result<Vec<Id>> {
+        let locks = self.dir.join(".locks");
         let mut found = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            found.extend(name.to_str().filter(|name| name.starts_with(PREFIX)).and_then(|name| Id::new(name).ok()));
+        for entry in fs::read_dir(&locks).map_err(|error| unusable(&locks, error))? {
+            let name = entry.map_err(|error| unusable(&locks, error))?.file_name();
+            found.extend(name.to_str().and_then(|name| Id::new(name).ok()));
         }
         Ok(found)
+    }
+
+    /// Removes all there is of one, whatever it has come to.
+    pub(super) fn clear(&self, key: &Id) -> Result<()> {
+        let draft = self.dir.join(".work").join(key.as_str());
+        if draft.is_dir() {
+            for process in layout::qemus_in(&draft).into_iter().filter_map(|pid| Identity::of(pid).ok().flatten()) {
+                let failed = |error| Error::io("a process that was to make a template cannot be killed", error);
+                process.hold().map_err(failed)?.map_or(Ok(()), |held| held.kill()).map_err(failed)?;
+            }
+        }
+        [".work", ".staging", ".trash", ""]
+            .iter()
+            .try_for_each(|part| layout::remove_tree(&self.dir.join(part).join(key.as_str())))
     }
 
     /// Removes one. Machines that were forked from it keep what they need of it.
@@ -453,7 +467,7 @@ impl Qemu {
 }
 
 /// Removes what there is of a machine that was to become a template.
-pub(super) async fn remove(host: &Host<Qemu>, key: &Id) -> Result<()> {
+async fn remove(host: &Host<Qemu>, key: &Id) -> Result<()> {
     match host.adopt(key).await {
         Ok(left) => cleanup(&left, Duration::ZERO, CLEANUP).await,
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),

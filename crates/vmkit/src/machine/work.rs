@@ -119,7 +119,7 @@ pub(super) fn flat<T>(ended: Ended<T>) -> Result<T> {
     }
 }
 
-pub(super) fn split_kill<T>(ended: Ended<T>) -> (Ended<T>, Option<Kill>) {
+pub(super) fn split_kill(ended: Ended<()>) -> (Ended<()>, Option<Kill>) {
     match ended {
         Ended::Killed(kill) => {
             let error = Error::new(ErrorKind::Cancelled, "a forced stop ended it");
