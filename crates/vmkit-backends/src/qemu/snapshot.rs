@@ -174,7 +174,7 @@ impl QemuDriver {
         })??;
         // What runs lives on in the copies, where nobody is connected to it.
         self.ask_agent(async |agent: Client| agent.freeze(true).await).await?;
-        let since = qmp.save_running(&draft.join(STATE_FULL), CHASES, self.spec.memory_mib * WRITES << 20).await?;
+        let since = qmp.save_running(&draft.join(STATE_FULL), CHASES, (self.spec.memory_mib * WRITES) << 20).await?;
         // No more than it wrote, and it stands still for it.
         let (from, to) = (self.file(DISK), draft.join(DISK));
         blocking(move || {
