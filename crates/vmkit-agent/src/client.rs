@@ -133,7 +133,7 @@ impl Client {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let link = Link::new(line);
-        greet(&link, Vec::new()).await?;
+        greet(&link, Kind::Hello, Vec::new()).await?;
         Ok(Client::begin(link))
     }
 
@@ -158,7 +158,7 @@ impl Client {
             part.copy_from_slice(&nonce());
         }
         let link = Link::new(line);
-        let answer = greet(&link, protocol::payload(&Renew { now: nanos(now), seed, fork })).await?;
+        let answer = greet(&link, Kind::Hello, protocol::payload(&Renew { now: nanos(now), seed, fork })).await?;
         let answered = nanos(SystemTime::now());
         match protocol::decode(&answer).map_err(|error| AgentError::Protocol(error.to_string()))? {
             Reply::Renewed(renewed) => {
@@ -187,7 +187,7 @@ impl Client {
         let rebooted = Box::new(move || same.began_anew());
         let bye: Farewell = Box::new(|| {
             async move {
-                match shake(&link, Kind::Bye, Vec::new()).await? {
+                match shake(&link, Kind::Bye, Vec::new(), false).await? {
                     Some(_) => Ok(Left(Box::new(link))),
                     None => Err(io::ErrorKind::UnexpectedEof.into()),
                 }
@@ -198,8 +198,9 @@ impl Client {
         Client(Arc::new(Inner { opener, next_id, waiting, driver, bye, rebooted }))
     }
 
-    /// Ends the session, and returns when the agent has ended its side: what it has to do for that is done now, and not when a
-    /// guest that was suspended meanwhile goes on. The line stays connected.
+    /// Tells the agent that the machine is about to be saved: what runs survives the loss of its session, what it prints then is
+    /// thrown away, and this session ends. The line stays connected. Called off by [`freeze`](Client::freeze), in
+    /// another session.
     ///
     /// # Errors
     /// [`AgentError::Closed`] when the session has ended otherwise.
@@ -209,6 +210,19 @@ impl Client {
         // Until it has stopped, it may still write.
         self.closed().await;
         Ok(bye().await?)
+    }
+
+    /// [`leave`](Client::leave), on a line on which there is no session.
+    ///
+    /// # Errors
+    /// As [`connect`](Client::connect).
+    pub async fn leave_from<S>(line: S) -> Result<Left, AgentError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let link = Link::new(line);
+        greet(&link, Kind::Bye, Vec::new()).await?;
+        Ok(Left(Box::new(link)))
     }
 
     /// Returns once the agent has answered this very call.
@@ -530,8 +544,8 @@ async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: wa
     });
 }
 
-/// Sends a handshake and waits for its answer; `None` when the line ends first.
-async fn shake<S>(link: &Link<S>, kind: Kind, payload: Vec<u8>) -> io::Result<Option<Handshake>>
+/// Sends a handshake and waits for its answer; `None` when the line ends first, or, unless it is the `first`, the guest rebooted.
+async fn shake<S>(link: &Link<S>, kind: Kind, payload: Vec<u8>, first: bool) -> io::Result<Option<Handshake>>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -544,7 +558,7 @@ where
                 Some(answer) if answer.kind == Kind::Ack && answer.nonce != hello.nonce => {}
                 Some(answer) if answer.kind == Kind::Ack => return Ok(Some(answer)),
                 // What we said may have been said to the one before it.
-                Some(answer) if answer.kind == Kind::Up && kind == Kind::Hello => break,
+                Some(answer) if answer.kind == Kind::Up && first => break,
                 // There is no session any more that could end.
                 Some(answer) if answer.kind == Kind::Up => return Ok(None),
                 Some(_) => {}
@@ -555,11 +569,11 @@ where
 }
 
 /// Begins with an agent of our version, and returns what it answers to `payload`.
-async fn greet<S>(link: &Link<S>, payload: Vec<u8>) -> Result<Vec<u8>, AgentError>
+async fn greet<S>(link: &Link<S>, kind: Kind, payload: Vec<u8>) -> Result<Vec<u8>, AgentError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    match shake(link, Kind::Hello, payload).await? {
+    match shake(link, kind, payload, true).await? {
         Some(answer) if answer.version == VERSION => Ok(answer.payload),
         Some(answer) => Err(AgentError::Version { host: VERSION, guest: answer.version }),
         None => Err(AgentError::Handshake),

@@ -6,12 +6,12 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The protocol's version; both sides must have the same.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// Begins a handshake frame. All bytes differ, so a match never has to be re-examined.
 pub const MARKER: [u8; 8] = [0xF5, b'v', b'm', b'k', b'i', b't', 0x1A, 0xA7];
@@ -143,7 +143,7 @@ pub enum Kind {
     Hello,
     /// The agent is there, or its session has ended.
     Ack,
-    /// The host ends the session, and keeps the line.
+    /// The machine is about to be saved: what runs survives the loss of its session, which ends, and the line stays.
     Bye,
     /// The agent has just begun: what it was told before, if there was one before, is forgotten.
     Up,
@@ -224,6 +224,10 @@ struct Inner<S> {
     sent: usize,
     /// A marker was read: a handshake frame is next, whatever session was under way.
     marked: bool,
+    /// Who ends the session that is under way when a marker was read; without one it has its end there.
+    listens: Option<Option<Waker>>,
+    /// A session that reads nothing any more: the rest is the listener's.
+    over: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
@@ -238,7 +242,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             out: Vec::new(),
             sent: 0,
             marked: false,
+            listens: None,
+            over: false,
         })))
+    }
+
+    /// A session begins that does not end where a handshake frame begins, but reads no further: whoever waits for
+    /// [`interrupted`](Link::interrupted) ends it.
+    pub(crate) fn begin(&self) {
+        let mut inner = self.lock();
+        (inner.listens, inner.over) = (Some(None), false);
+    }
+
+    /// Returns when a handshake frame has begun in the middle of a session. For one caller.
+    pub(crate) async fn interrupted(&self) {
+        std::future::poll_fn(|cx| {
+            let mut inner = self.lock();
+            inner.listens = Some(Some(cx.waker().clone()));
+            if inner.over { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
     /// The next handshake frame, whatever comes before it; `None` at the end of the line.
@@ -367,7 +390,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
 /// The multiplexer's view of the line: one session's data.
 impl<S: AsyncRead + AsyncWrite + Unpin> futures::io::AsyncRead for Link<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
-        self.lock().poll_data(cx, out)
+        let mut inner = self.lock();
+        if inner.over {
+            return Poll::Pending;
+        }
+        let read = ready!(inner.poll_data(cx, out));
+        if inner.marked
+            && let Some(listener) = &mut inner.listens
+        {
+            if let Some(listener) = listener.take() {
+                listener.wake();
+            }
+            inner.over = true;
+            return Poll::Pending;
+        }
+        Poll::Ready(read)
     }
 }
 

@@ -529,25 +529,43 @@ async fn a_dead_agent_is_an_error_not_a_hang() {
 }
 
 #[tokio::test]
-async fn leaving_ends_the_session_on_both_sides_before_it_returns() {
+async fn leaving_ends_the_session_and_what_runs_lives_on() {
     let guest = Guest::start();
     let client = guest.connect().await;
-    let held = client.exec(sh("echo $$; sleep 600")).await.unwrap();
+    let other = guest.connect().await;
+    let kept = client.exec(sh("sleep 600")).await.unwrap();
+    let others = other.exec(sh("sleep 600")).await.unwrap();
     let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
-    assert!(!alive(held.pid), "the agent answered before what the session ran was gone");
     assert!(matches!(client.ping().await, Err(AgentError::Closed)));
     assert!(matches!(client.leave().await, Err(AgentError::Closed)), "a session ends once");
-    drop((held, left));
+    let pids = [kept.pid, others.pid];
+    // Through any session, for the commands of all; and the other sessions go on.
+    timeout(HANGS, other.ping()).await.unwrap().unwrap();
+    drop((kept, others, other, client));
+    sleep(Duration::from_millis(200)).await;
+    assert!(pids.into_iter().all(alive), "{pids:?}");
 
-    // What a suspend has frozen goes on without it.
+    // The line is free for the next, and called off it is as if nothing had been.
+    drop(left);
+    let client = guest.connect().await;
+    client.freeze(false).await.unwrap();
+    let ends = client.exec(sh("sleep 600")).await.unwrap();
+    let pid = ends.pid;
+    drop((ends, client));
+    assert!(gone(pid).await, "called off, and it still outlives its session");
+
+    // On a line that nobody has said anything on, too.
+    let left = timeout(HANGS, Client::leave_from(guest.line().await)).await.unwrap().unwrap();
     let client = guest.connect().await;
     let frozen = client.exec(sh("sleep 600")).await.unwrap();
-    client.freeze(true).await.unwrap();
-    let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
-    assert!(alive(frozen.pid));
-    let group = rustix::process::Pid::from_raw(frozen.pid as i32).unwrap();
-    rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
-    drop((frozen, left));
+    let pids = [pids[0], pids[1], frozen.pid];
+    drop((frozen, client, left));
+    sleep(Duration::from_millis(200)).await;
+    for pid in pids {
+        assert!(alive(pid));
+        let group = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+    }
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 use vmkit::conformance::Rig;
-use vmkit::pool::{Lease, Pool, Staging};
+use vmkit::pool::{Lease, Pool, Reuse, Staging};
 use vmkit::{ErrorKind, State};
 
 use common::{QemuRig, base, pids_where, runtime};
@@ -155,4 +155,33 @@ fn a_suspended_pool_survives_kills() {
 #[test]
 fn a_stopped_pool_survives_kills() {
     survives(Staging::Stopped);
+}
+
+#[test]
+fn a_machine_of_a_pool_comes_again_under_its_name_and_has_nothing_of_what_it_was() {
+    let Some(image) = base() else { return };
+    let rig = QemuRig::forking(image);
+    runtime().block_on(async {
+        let pool = Pool::builder(rig.host(), rig.spec()).name("again").size(1).reuse(Reuse::Reset).build().unwrap();
+        pool.start().await.unwrap();
+        let lease = pool.acquire().timeout(PATIENCE).await.unwrap();
+        let (name, birth) = (lease.id().clone(), lease.properties().birth.unwrap());
+        let hide = "echo hidden > /secret; cp /secret /dev/shm/secret; sync";
+        assert!(lease.command("/bin/sh").args(["-c", hide]).output().await.unwrap().status.success());
+        lease.delete().await.unwrap();
+
+        // Whoever has it still has nothing of the next.
+        let next = pool.acquire().timeout(PATIENCE).await.unwrap();
+        assert_eq!((next.id(), next.state()), (&name, State::Running));
+        drop((lease.kill().await, lease.stop(Duration::ZERO).await));
+        assert_eq!(lease.delete().await.ok(), Some(()));
+        assert_eq!((lease.state(), lease.properties().pid), (State::Deleted, None));
+        let look = next.command("/bin/sh").args(["-c", "cat /secret /dev/shm/secret"]).output().await.unwrap();
+        assert!(!look.status.success() && look.stdout.is_empty(), "{look:?}");
+        let new = next.properties().birth.unwrap();
+        assert!(new.unused && new != birth, "{new:?}");
+        drop((lease, next));
+        assert!(pool.close(PATIENCE).await.is_clean());
+    });
+    assert_eq!(left(&rig), Vec::<String>::new());
 }

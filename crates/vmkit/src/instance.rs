@@ -141,6 +141,10 @@ impl Instance {
     /// What is known of it now; in every state, without waiting.
     pub fn properties(&self) -> Properties {
         let mut properties = self.0.probe.properties();
+        if matches!(self.state(), State::Initial | State::Deleted) {
+            // What there is under its name is another's.
+            properties = Properties { backend: properties.backend, ..Properties::default() };
+        }
         let spec = &self.0.spec;
         properties.cpus = spec.cpus;
         properties.memory_mib = spec.memory_mib;

@@ -191,7 +191,14 @@ impl<D: Driver> Machine<D> {
             Ended::Done(Ok(seen)) => seen,
             Ended::Killed(Kill(done)) => {
                 // It waits for another process's operation: that is what hangs, and what the kill is for.
-                let stop = self.force().await;
+                let stop = match self.is_nothing() {
+                    true => Err(self.error(
+                        ErrorKind::Busy,
+                        Action::Stop,
+                        "a machine of that name that is another's is operated on",
+                    )),
+                    false => self.force().await,
+                };
                 let _ = done.send(StopReport { run: Ok(()), stop, forced: true });
                 return Err(self.error(ErrorKind::Cancelled, action, "a forced stop ended it"));
             }
@@ -222,6 +229,11 @@ impl<D: Driver> Machine<D> {
                 Err(Error::illegal(self.id.as_str(), self.state(), action))
             }
         }
+    }
+
+    /// Whether nothing of ours exists: what is there under that name is somebody else's.
+    fn is_nothing(&self) -> bool {
+        matches!(self.state(), State::Initial | State::Deleted)
     }
 
     /// Publishes what another process did meanwhile, as the steps that lead there.
@@ -472,6 +484,9 @@ impl<D: Driver> Machine<D> {
     async fn on_kill(&mut self, kill: Kill) {
         // It passes other processes' operations too: one that hangs in Starting holds the machine for minutes.
         let mut killed = Ok(());
+        if self.is_nothing() {
+            return drop(kill.0.send(self.stop(Duration::ZERO, pending()).await));
+        }
         for patience in [KILL_WAITS, LETS_GO] {
             let taken = work(self.driver.begin(Action::Stop), patience, "waiting", pending(), None).await;
             if !held_elsewhere(&taken) {

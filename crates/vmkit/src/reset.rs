@@ -35,12 +35,21 @@ async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> R
     cleanup(instance, Duration::ZERO, limit).await?;
     instance.clone_source().await?;
     instance.start(console).await?;
-    let Err(why) = is_new(&old, &instance.properties()) else { return Ok(()) };
-    // Whoever asked for a new one must not go on with this one.
-    cleanup(instance, Duration::ZERO, limit).await?;
-    Err(Error::new(ErrorKind::Inconsistent, format!("the reset is not proven: {why}"))
-        .on(instance.id().as_str())
-        .hint("the machine is removed; clone and start it, or report this with the backend's name"))
+    let proven = prove_new(&old, instance);
+    if proven.is_err() {
+        // Whoever asked for a new one must not go on with this one.
+        cleanup(instance, Duration::ZERO, limit).await?;
+    }
+    proven
+}
+
+/// Whether a machine that runs under another's name is a new one.
+pub(crate) fn prove_new(old: &Properties, instance: &Instance) -> Result<()> {
+    is_new(old, &instance.properties()).map_err(|why| {
+        Error::new(ErrorKind::Inconsistent, format!("the reset is not proven: {why}"))
+            .on(instance.id().as_str())
+            .hint("the machine is removed; clone and start it, or report this with the backend's name")
+    })
 }
 
 /// Whether this is another machine than the old one, and a new one, by what the backend says of both.

@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use common::pool::{LONG, close, full, pool, secs};
+use common::pool::{LONG, close, full, pool, secs, until};
+use vmkit::pool::Reuse;
 use vmkit::sim::{Fault, Verb};
-use vmkit::{ConsoleSinks, ErrorKind, GuestFile};
+use vmkit::{ConsoleSinks, ErrorKind, GuestFile, Id, State};
 
 #[tokio::test(start_paused = true)]
 async fn late_binding_gives_the_warm_machine_what_it_needs() {
@@ -143,5 +145,70 @@ async fn a_time_limit_ends_the_lease() {
     drop((running, lease));
     let status = full(&pool, 1).await;
     assert_eq!((status.totals.released, status.totals.replacements, status.totals.deleted), (1, 1, 1));
+    close(&pool, &world).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_is_given_back_is_made_again_under_its_name_where_that_is_wanted() {
+    let (world, builder) = pool();
+    let pool = builder.size(2).reuse(Reuse::Reset).build().unwrap();
+    pool.start().await.unwrap();
+    full(&pool, 2).await;
+    let all: BTreeSet<Id> = pool.status().await.vms.iter().map(|vm| vm.id.clone()).collect();
+    let lease = pool.acquire().await.unwrap();
+    let used = lease.id().clone();
+    let birth = lease.properties().birth.unwrap();
+    assert!(lease.command("store").args(["/secret", "s3cret"]).output().await.unwrap().status.success());
+    lease.delete().await.unwrap();
+    assert_eq!(lease.state(), State::Deleted);
+    let status = full(&pool, 2).await;
+    assert_eq!(status.vms.iter().map(|vm| vm.id.clone()).collect::<BTreeSet<_>>(), all, "the same names");
+    assert_eq!((status.totals.released, status.totals.replacements, status.totals.deleted), (1, 1, 1));
+
+    // Whoever had it has nothing of the new one, whatever he tries.
+    let gone = [
+        lease.start(ConsoleSinks::discard()).await,
+        lease.suspend().await,
+        lease.clone_source().await,
+        lease.ping().await,
+    ];
+    assert!(gone.iter().all(Result::is_err), "{gone:?}");
+    drop((lease.kill().await, lease.stop(LONG).await));
+    assert_eq!((lease.state(), lease.properties().pid), (State::Deleted, None));
+    let leases = [pool.acquire().await.unwrap(), pool.acquire().await.unwrap()];
+    drop(lease);
+    let again = leases.iter().find(|lease| lease.id() == &used).unwrap();
+    let new = again.properties().birth.unwrap();
+    assert!(new.unused && new != birth);
+    let secret = again.command("cat").arg("/secret").output().await.unwrap();
+    assert!(!secret.status.success(), "{secret:?}");
+    // Dropped without a word: the same.
+    drop(leases);
+    let status = full(&pool, 2).await;
+    assert_eq!(status.vms.iter().map(|vm| vm.id.clone()).collect::<BTreeSet<_>>(), all);
+    assert_eq!((status.totals.released, status.totals.replacements, status.totals.deleted), (3, 3, 3));
+    close(&pool, &world).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_there_is_no_room_for_is_only_deleted_and_what_cannot_be_is_replaced() {
+    let (world, builder) = pool();
+    let pool = builder.size(2).reuse(Reuse::Reset).cleanup_timeout(secs(5)).build().unwrap();
+    pool.start().await.unwrap();
+    full(&pool, 2).await;
+    let (first, second) = (pool.acquire().await.unwrap(), pool.acquire().await.unwrap());
+    let names = [first.id().clone(), second.id().clone()];
+    // Stopped first: its place is taken by another at once.
+    first.stop_and_release(LONG).await.stop.unwrap();
+    until(&pool, "replaced", |status| status.counts.ready.running == 1).await;
+    drop(first);
+    let status = until(&pool, "deleted", |status| status.totals.deleted == 1).await;
+    assert!(status.vms.iter().all(|vm| vm.id != names[0]), "{status:?}");
+
+    // A disk that cannot be removed is no reason to wait for it.
+    world.fault(Some(&names[1]), Verb::Destroy, Fault::Err);
+    second.delete().await.unwrap_err();
+    let status = full(&pool, 2).await;
+    assert!(status.totals.delete_failures > 0);
     close(&pool, &world).await;
 }

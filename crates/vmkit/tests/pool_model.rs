@@ -20,7 +20,7 @@ use common::{check_published, id, spec};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::task::JoinHandle;
-use vmkit::pool::{EventKind, Events, KeepFailed, Lease, Next, OnFailure, Pool, PoolStatus, Tiers, VmPhase};
+use vmkit::pool::{EventKind, Events, KeepFailed, Lease, Next, OnFailure, Pool, PoolStatus, Reuse, Tiers, VmPhase};
 use vmkit::sim::{Odds, SimProvider, World};
 use vmkit::{ConsoleSinks, ErrorKind, Host, Id, Status, Subscription, Timeouts};
 
@@ -36,8 +36,8 @@ struct Outside {
     world: World,
     rng: StdRng,
     odds: Odds,
-    /// Every machine that anybody was ever given.
-    given: Arc<Mutex<BTreeSet<Id>>>,
+    /// Every machine that anybody was ever given, and what executed it: a name may come again.
+    given: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// One process: a pool, its callers, and who looks at it.
@@ -46,7 +46,7 @@ struct Process {
     host: Host<SimProvider>,
     pool: Pool,
     held: Held,
-    given: Arc<Mutex<BTreeSet<Id>>>,
+    given: Arc<Mutex<BTreeSet<String>>>,
     tasks: Vec<JoinHandle<()>>,
     events: Events,
     told: Told,
@@ -61,14 +61,16 @@ struct Told {
     last: u64,
     vms: BTreeMap<Id, EventKind>,
     acquired: u64,
+    /// Names come again.
+    again: bool,
 }
 
 impl Told {
     /// Which event of a machine may follow which.
-    fn may_follow(before: Option<EventKind>, next: EventKind) -> bool {
+    fn may_follow(&self, before: Option<EventKind>, next: EventKind) -> bool {
         use EventKind as K;
         match next {
-            K::VmCreateStarted => before.is_none(),
+            K::VmCreateStarted => before.is_none() || (self.again && before == Some(K::Released)),
             K::VmCreated | K::VmCreateFailed => before == Some(K::VmCreateStarted),
             K::ReplenishFailed => before == Some(K::VmCreateFailed),
             // A grant that came back is granted again.
@@ -98,7 +100,7 @@ impl Told {
                     self.acquired += u64::from(event.kind == EventKind::Acquired);
                     if let Some(vm) = &event.vm {
                         let before = self.vms.insert(vm.clone(), event.kind);
-                        assert!(Told::may_follow(before, event.kind), "{:?} after {before:?} of {vm} (I9)", event.kind);
+                        assert!(self.may_follow(before, event.kind), "{:?} after {before:?} of {vm} (I9)", event.kind);
                     }
                 }
             }
@@ -156,6 +158,10 @@ impl Outside {
         if rng.random_range(0..2) == 0 {
             builder = builder.keep_failed(KeepFailed { quota: 1, period: secs(rng.random_range(20..100)) });
         }
+        let again = rng.random_range(0..2) == 0;
+        if again {
+            builder = builder.reuse(Reuse::Reset);
+        }
         if rng.random_range(0..3) == 0 {
             builder = builder.max_age(secs(rng.random_range(30..300)));
         }
@@ -175,7 +181,7 @@ impl Outside {
         // The supervisor is there once it is asked.
         tokio::task::yield_now().await;
         let events = pool.subscribe().await;
-        let told = Told { last: events.status().sequence, ..Told::default() };
+        let told = Told { last: events.status().sequence, again, ..Told::default() };
         Process {
             world,
             host,
@@ -268,7 +274,8 @@ impl Process {
         let (held, given) = (self.held.clone(), self.given.clone());
         self.spawn(async move {
             if let Ok(lease) = acquire.await {
-                assert!(given.lock().unwrap().insert(lease.id().clone()), "{} was given twice (I5)", lease.id());
+                let which = format!("{} as process {:?}", lease.id(), lease.properties().pid);
+                assert!(given.lock().unwrap().insert(which.clone()), "{which} was given twice (I5)");
                 held.lock().unwrap().push(Arc::new(lease));
             }
         });

@@ -21,6 +21,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinHandle};
 use yamux::Mode;
 
 use crate::link::{Handshake, Kind, Link, VERSION};
@@ -99,7 +100,15 @@ impl Agent {
         // A guest that reboots does so with its host on the line, which else would wait for ever for what the agent before was told.
         let up = Handshake { kind: Kind::Up, version: VERSION, nonce: [0; 16], payload: Vec::new() };
         let mut unsaid = kind == Line::Lasting;
+        let mut session: Option<Live> = None;
         loop {
+            if let Some(live) = &mut session {
+                tokio::select! {
+                    biased;
+                    () = link.interrupted() => {}
+                    _ = &mut live.ends => session = None,
+                }
+            }
             let mut next = std::pin::pin!(link.next_handshake());
             let heard = match unsaid {
                 // No host may be there, for as long as it likes; and one that begins anew need not be told.
@@ -115,6 +124,7 @@ impl Agent {
                 false => next.await?,
             };
             let Some(hello) = heard else {
+                end(session.take()).await;
                 match kind {
                     Line::Once => return Ok(()),
                     Line::Lasting => continue,
@@ -122,16 +132,25 @@ impl Agent {
             };
             match hello.kind {
                 Kind::Hello | Kind::Bye => unsaid = false,
-                Kind::Ack | Kind::Up => continue,
+                Kind::Ack | Kind::Up => {
+                    end(session.take()).await;
+                    continue;
+                }
             }
-            // Also to a host of another version: it is to know which one this is. A session that a host ends has ended by now.
-            let payload = if hello.version == VERSION { self.told(&hello.payload).await } else { Vec::new() };
-            if hello.kind == Kind::Bye {
+            if hello.kind == Kind::Bye && hello.version == VERSION {
+                // Before the session ends what it started. What else its end takes is done while the host goes on.
+                self.0.running.freeze(true);
+                session.iter().for_each(|live| live.drive.abort());
                 *lock(&self.0.left) = Some(clock_gettime(ClockId::Monotonic));
+            } else {
+                end(session.take()).await;
             }
+            // Also to a host of another version: it is to know which one this is.
+            let payload = if hello.version == VERSION { self.told(&hello.payload).await } else { Vec::new() };
             link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce, payload }).await?;
-            if hello.kind == Kind::Hello && hello.version == VERSION {
-                self.session(link.clone()).await;
+            match hello.kind {
+                Kind::Hello if hello.version == VERSION => session = Some(self.begin(link.clone())),
+                _ => end(session.take()).await,
             }
         }
     }
@@ -160,19 +179,38 @@ impl Agent {
         protocol::payload(&reply)
     }
 
-    async fn session<S>(&self, link: Link<S>)
+    fn begin<S>(&self, link: Link<S>) -> Live
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        link.begin();
         let (drive, opener, mut inbound) = session(link, Mode::Server);
-        tokio::spawn(drive);
+        let drive = tokio::spawn(drive).abort_handle();
         let (holds, mut ended) = mpsc::channel::<()>(1);
         let session = Session { agent: self.clone(), opener, stdins: Arc::default(), holds };
-        while let Some(stream) = inbound.recv().await {
-            tokio::spawn(session.clone().stream(stream));
-        }
-        drop(session);
-        let _ = tokio::time::timeout(ENDS, ended.recv()).await;
+        let ends = tokio::spawn(async move {
+            while let Some(stream) = inbound.recv().await {
+                tokio::spawn(session.clone().stream(stream));
+            }
+            drop(session);
+            let _ = tokio::time::timeout(ENDS, ended.recv()).await;
+        });
+        Live { drive, ends }
+    }
+}
+
+/// A session that is under way.
+struct Live {
+    /// What reads and writes; without it, everything else of the session comes to its end.
+    drive: AbortHandle,
+    /// Until what it started, and was not to outlive it, is gone.
+    ends: JoinHandle<()>,
+}
+
+async fn end(session: Option<Live>) {
+    if let Some(Live { drive, ends }) = session {
+        drive.abort();
+        let _ = ends.await;
     }
 }
 

@@ -320,15 +320,18 @@ impl QemuDriver {
         }
     }
 
-    /// Pauses the guest, saves it, and commits that in one step.
-    async fn save(&mut self, qmp: &mut Qmp) -> Result<()> {
-        qmp.stop().await?;
+    /// Where the saved execution has its memory: a fork that shares its template's has its own nowhere else than in its process.
+    fn saved_memory(&self) -> Memory {
+        if self.file(MEMORY).exists() { Memory::Elsewhere } else { Memory::Within }
+    }
+
+    /// Saves the guest, which stands still from then on, and commits that in one step.
+    async fn save(&self, qmp: &mut Qmp, memory: Memory) -> Result<()> {
         let partial = self.file(STATE_PARTIAL);
         layout::remove(&partial)?;
-        // A fork that shares its template's memory has its own nowhere else than in its process.
-        let (state, memory) = match self.file(MEMORY).exists() {
-            true => (STATE, Memory::Elsewhere),
-            false => (STATE_FULL, Memory::Within),
+        let state = match memory {
+            Memory::Elsewhere => STATE,
+            Memory::Within => STATE_FULL,
         };
         qmp.save(STATE_PARTIAL, memory).await?;
         if self.config.durable {
@@ -342,6 +345,17 @@ impl QemuDriver {
             layout::sync(&self.dir)?;
         }
         Ok(())
+    }
+
+    /// Lets a guest go on that was to be saved.
+    async fn call_off(&self, qmp: &mut Qmp) -> Result<()> {
+        // Memory that a guest goes on with fits nothing that was saved.
+        [STATE_PARTIAL, STATE, STATE_FULL]
+            .map(|file| self.file(file))
+            .iter()
+            .try_for_each(|file| layout::remove(file))?;
+        qmp.cont().await?;
+        self.ask_agent(async |agent| agent.freeze(false).await).await
     }
 
     pub(super) fn note_fork(&mut self) -> Result<()> {
@@ -519,38 +533,35 @@ impl Driver for QemuDriver {
             // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
             self.line.client().await?.prepare().await.map_err(translate)?;
         }
-        let connected = Qmp::connect(&self.dir, QMP).map_err(|error| {
+        let memory = self.saved_memory();
+        let connected = async {
+            let mut qmp = Qmp::connect(&self.dir, QMP).await?;
+            qmp.take_memory(memory).await?;
+            Ok(qmp)
+        }
+        .map_err(|error: Error| {
             // Not as one that is late: nothing was begun, and nothing is to be ended for it.
             Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
                 "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
             )
         });
-        // What runs is to survive the loss of its session. A guest whose agent is silent is not one to resume.
-        let frozen = self.ask_agent(async |agent| agent.freeze(true).await);
-        let mut qmp = match tokio::join!(connected, frozen) {
-            (Ok(qmp), Ok(())) => qmp,
-            (connected, frozen) => {
-                if frozen.is_ok() {
+        // A guest whose agent is silent is not one to resume.
+        match tokio::join!(connected, self.line.leave(AGENT_ANSWERS)) {
+            (Ok(mut qmp), Ok(_left)) => {
+                if let Err(error) = self.save(&mut qmp, memory).await {
+                    if let Err(second) = self.call_off(&mut qmp).await {
+                        warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
+                        self.kill().await?;
+                    }
+                    return Err(error);
+                }
+            }
+            (connected, left) => {
+                if left.is_ok() {
                     let _ = self.ask_agent(async |agent| agent.freeze(false).await).await;
                 }
-                return connected.and(frozen.map(drop)).map(drop);
+                return connected.and(left.map(drop)).map(drop);
             }
-        };
-        let left = self.line.leave().await;
-        if let Err(error) = &left {
-            debug!(id = %self.id, %error, "the session ends with the guest's suspension instead of before");
-        }
-        if let Err(error) = self.save(&mut qmp).await {
-            let called_off = async {
-                qmp.cont().await?;
-                layout::remove(&self.file(STATE_PARTIAL))?;
-                self.ask_agent(async |agent| agent.freeze(false).await).await
-            };
-            if let Err(second) = called_off.await {
-                warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
-                self.kill().await?;
-            }
-            return Err(error);
         }
         self.line.forget();
         // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.

@@ -91,12 +91,27 @@ impl Line {
         Ok(renewed)
     }
 
-    /// Ends the session on both sides and keeps the line connected, so that a guest that is saved now need not do so when it goes
-    /// on. What it returns is to be kept until the guest was saved.
-    pub async fn leave(&self) -> Result<impl Send + use<>> {
-        let Session { client, port } = self.session().await?;
-        let left = tokio::time::timeout(BEGINS, client.leave()).await.map_err(|_| silent())?.map_err(translate)?;
-        Ok((left, port))
+    /// Tells the agent that its machine is about to be saved, which ends the session, and keeps the line connected, so that the guest
+    /// need not be told of that when it goes on. What it returns is to be kept until the guest was saved.
+    ///
+    /// # Errors
+    /// Also when the agent is silent for `patience`.
+    pub async fn leave(&self, patience: Duration) -> Result<impl Send + use<>> {
+        let left = async {
+            if let Some(Session { client, port }) = self.session.lock().await.take()
+                && let Ok(left) = client.leave().await
+            {
+                return Ok((left, port));
+            }
+            let Wire { stream, port } = connect(&self.dir, LINE_WAITS).await?;
+            Ok((Client::leave_from(stream).await.map_err(translate)?, Arc::new(port)))
+        };
+        tokio::select! {
+            biased;
+            left = left => left,
+            () = console::stands_panicked(&self.dir) => Err(given_up()),
+            () = tokio::time::sleep(patience) => Err(silent()),
+        }
     }
 
     /// Lets go of the session: its machine is off.

@@ -25,6 +25,9 @@ const ANSWERS: Duration = Duration::from_secs(20);
 /// How long a control session may take to begin before it is begun again.
 const GREETS: Duration = Duration::from_secs(5);
 
+/// For how long it is asked without a pause whether saving or loading is done.
+const BRIEF: Duration = Duration::from_millis(10);
+
 /// How long a guest that is saved while it runs is to stand still for the last of its memory, milliseconds.
 const STANDS_STILL: u64 = 10;
 
@@ -145,10 +148,13 @@ impl Qmp {
         self.execute(qmp::system_powerdown {}).await.map(drop)
     }
 
-    /// Saves the execution to a file in QEMU's directory: the devices' state, where the memory is a file that stays where it is,
-    /// and else the memory too.
+    /// Saves the execution to a file in QEMU's directory, as [`take_memory`](Qmp::take_memory) said: the devices' state, where the
+    /// memory is a file that stays where it is, and else the memory too. The guest stands still from then on.
     pub async fn save(&mut self, file: &str, memory: Memory) -> Result<()> {
-        self.take_memory(memory).await?;
+        if memory == Memory::Within {
+            // Else what it writes meanwhile is saved again.
+            self.stop().await?;
+        }
         let uri = Some(format!("file:{file}"));
         self.execute(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
         self.migrated(SAVING).await
@@ -242,7 +248,8 @@ impl Qmp {
         }
     }
 
-    async fn take_memory(&mut self, memory: Memory) -> Result<()> {
+    /// What is saved or loaded next has its memory there.
+    pub async fn take_memory(&mut self, memory: Memory) -> Result<()> {
         let state = memory == Memory::Elsewhere;
         let capability = MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state };
         self.execute(qmp::migrate_set_capabilities { capabilities: vec![capability] }).await?;
@@ -262,7 +269,8 @@ impl Qmp {
     /// Whether it is done, and not the chase over. Asked again and again: the event that announces it may be missed, the answer to
     /// a question cannot.
     async fn migrated_or(&mut self, doing: &str, chase: Option<Chase>) -> Result<bool> {
-        let mut pause = Duration::from_micros(200);
+        // Devices' state takes a few milliseconds, and a timer's grain would be a part of that: each answer is waited for anyway.
+        let (since, mut pause) = (Instant::now(), Duration::from_millis(1));
         loop {
             let info = self.execute(qmp::query_migrate {}).await?;
             match info.status {
@@ -277,8 +285,10 @@ impl Qmp {
             if chase.is_some_and(|Chase { until, most }| Instant::now() > until || written > most) {
                 return Ok(false);
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(20));
+            if since.elapsed() > BRIEF {
+                sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(20));
+            }
         }
     }
 }

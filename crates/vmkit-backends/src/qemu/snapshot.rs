@@ -198,6 +198,7 @@ impl QemuDriver {
             if layered {
                 qmp.flatten(OVERLAY, BASE).await?;
             }
+            qmp.take_memory(Memory::Elsewhere).await?;
             qmp.save(STATE, Memory::Elsewhere).await
         };
         // What the original's console said is not about this.

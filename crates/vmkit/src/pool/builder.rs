@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::config::{KeepFailed, OnFailure, PoolConfig, Staging};
+use super::config::{KeepFailed, OnFailure, PoolConfig, Reuse, Staging};
 use super::plan::{DefaultSizing, Sizing, Tiers};
 use super::tasks::{Backend, LABEL};
 use super::{Parts, Pool};
@@ -90,6 +90,8 @@ impl PoolBuilder {
         max_waiting: usize => max_waiting = max_waiting;
         /// Sets what callers are told when nothing can be made.
         on_failure: OnFailure => on_failure = on_failure;
+        /// Sets what becomes of machines that were used.
+        reuse: Reuse => reuse = reuse;
         /// Sets how often an idle machine is asked whether it is well; zero for never.
         health_interval: Duration => health_interval = health_interval;
         /// Sets how long it may take to answer.

@@ -38,6 +38,18 @@ pub enum OnFailure {
     FailFast,
 }
 
+/// What becomes of a machine that was used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reuse {
+    /// It is deleted, and another one is made.
+    #[default]
+    Never,
+    /// It is reset: everything it had is deleted, and it is made again under its name, which is proven by its
+    /// [`Birth`](crate::Birth) before anybody gets it. Where fresh machines are forks of a template, that takes as long as a
+    /// fork. One that the pool has no room for is only deleted.
+    Reset,
+}
+
 /// A word of a closed set, read without regard to case.
 trait Word: Copy + 'static {
     const WHAT: &'static str;
@@ -62,6 +74,11 @@ impl Word for Staging {
 impl Word for OnFailure {
     const WHAT: &'static str = "on_failure";
     const ALL: &'static [(&'static str, OnFailure)] = &[("wait", OnFailure::Wait), ("fail_fast", OnFailure::FailFast)];
+}
+
+impl Word for Reuse {
+    const WHAT: &'static str = "reuse";
+    const ALL: &'static [(&'static str, Reuse)] = &[("never", Reuse::Never), ("reset", Reuse::Reset)];
 }
 
 macro_rules! word {
@@ -99,6 +116,7 @@ macro_rules! word {
 
 word!(Staging);
 word!(OnFailure);
+word!(Reuse);
 
 impl Staging {
     /// The tier it fills.
@@ -175,6 +193,8 @@ pub struct PoolConfig {
     pub max_waiting: usize,
     /// What they are told when nothing can be made. `wait`.
     pub on_failure: OnFailure,
+    /// What becomes of machines that were used. `never`: they are deleted and replaced by others.
+    pub reuse: Reuse,
     /// The weights of caller keys; 1 for those that are not named.
     pub weights: BTreeMap<String, u32>,
     /// How often an idle running machine is asked whether it is well. 30 s; 0 for never.
@@ -225,6 +245,7 @@ impl Default for PoolConfig {
             acquire_timeout: 300 * second,
             max_waiting: 4096,
             on_failure: OnFailure::Wait,
+            reuse: Reuse::Never,
             weights: BTreeMap::new(),
             health_interval: 30 * second,
             health_timeout: 5 * second,

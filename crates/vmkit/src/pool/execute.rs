@@ -9,6 +9,7 @@ use super::plan::{Limits, Tier, Tiers, plan};
 use super::slots::{Cancel, Phase};
 use super::supervisor::Supervisor;
 use super::tasks::{self, Order, Ready};
+use crate::properties::Properties;
 use crate::spec::Id;
 
 impl Supervisor {
@@ -66,8 +67,8 @@ impl Supervisor {
         let paced = !self.shared.config.create_interval.is_zero();
         for tier in Tier::ALL {
             for _ in 0..wanted.of(tier) {
-                self.create(tier, now);
-                self.last_attempt = Some(now);
+                let id = self.new_id();
+                self.create(id, tier, None, now);
                 if paced {
                     // One at a time; the gate is closed now, and says when it opens.
                     self.wake = self.create_gate().opens;
@@ -77,11 +78,24 @@ impl Supervisor {
         }
     }
 
-    fn create(&mut self, tier: Tier, now: Instant) {
+    /// For which tier a machine would be made now, if one would.
+    pub(super) fn short(&self, now: Instant) -> Option<Tier> {
+        let counts = self.counts();
+        let (limits, target) = (self.limits_now(), self.target(&counts));
+        let steps = plan(now, &counts, &limits, target, &self.start.gate(), &self.create_gate());
+        Tier::ALL.into_iter().find(|&tier| steps.create.of(tier) > 0)
+    }
+
+    fn new_id(&mut self) -> Id {
         self.made += 1;
-        self.totals.attempts += 1;
         let name = format!("{}-{}-{}", self.pool_id(), self.word, self.made);
-        let id = Id::new(name).expect("a pool's name is short enough for its machines' names");
+        Id::new(name).expect("a pool's name is short enough for its machines' names")
+    }
+
+    /// `old`: what the machine of that name was, which the new one must not be.
+    pub(super) fn create(&mut self, id: Id, tier: Tier, old: Option<Box<Properties>>, now: Instant) {
+        self.totals.attempts += 1;
+        self.last_attempt = Some(now);
         let (cancel, cancelled) = oneshot::channel();
         // In its slot before anything is asked of the backend: whatever happens next, it is known.
         let no = self.slots.insert(id.clone(), Phase::Creating { tier, _cancel: cancel }, self.totals.attempts, now);
@@ -93,6 +107,7 @@ impl Supervisor {
             limit: self.shared.config.create_timeout,
             id,
             tier,
+            old,
         };
         let backend = self.parts.backend.clone();
         self.task(async move { Message::Created(no, Box::new(tasks::create(backend, order, cancelled).await)) });

@@ -17,7 +17,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::instance::{Instance, StopReport};
 use crate::state::State;
 
-/// A machine of a pool, held by nobody else, ever: whatever way it is given back, it is deleted and a new one takes its place.
+/// A machine of a pool, held by nobody else, ever: whatever way it is given back, it is deleted and a new one takes its place,
+/// which may have its name ([`Reuse`](super::Reuse)) and nothing else of it.
 ///
 /// Everything an [`Instance`] can do, it can do. Dropped, its machine is deleted in the background. Deleted, stopped and dropped
 /// in any order, twice or at once: that is one deletion and one replacement.

@@ -19,6 +19,7 @@ use super::status::PoolStatus;
 use crate::driver::Found;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
+use crate::properties::Properties;
 use crate::publish::Status;
 use crate::spec::Id;
 
@@ -97,7 +98,8 @@ pub(super) enum Message {
     Demoted(SlotNo, Result<()>),
     Kept(SlotNo, Result<()>),
     Checked(SlotNo, Result<()>),
-    Removed(SlotNo, Result<()>),
+    /// With what was known of it before, for one that is made again.
+    Removed(SlotNo, Result<()>, Option<Box<Properties>>),
     // From machines.
     Changed(SlotNo, Status),
 }

@@ -10,7 +10,7 @@
 //!
 //! One task, the supervisor, owns everything that is counted, and is told of everything by messages: there is no lock, so
 //! none is held across a backend call. What to do next follows from the counts ([`plan`]). A machine that was used is never
-//! handed out again: it is deleted, and a new one made.
+//! handed out again: it is deleted, and a new one made, under its name where that is wanted ([`Reuse`]).
 //!
 //! # What belongs to a pool
 //!
@@ -80,7 +80,7 @@ use crate::spec::{Id, Spec};
 pub use acquire::{Acquire, Pending, Place};
 pub use builder::PoolBuilder;
 pub use close::{CloseReport, Left};
-pub use config::{KeepFailed, OnFailure, PoolConfig, Staging};
+pub use config::{KeepFailed, OnFailure, PoolConfig, Reuse, Staging};
 pub use events::{Event, EventKind, Events, Next};
 pub use lease::Lease;
 pub use plan::{Counts, Limits, Sizing, Tier, Tiers};

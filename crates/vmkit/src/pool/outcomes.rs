@@ -13,6 +13,7 @@ use super::slots::{Phase, SlotNo};
 use super::supervisor::Supervisor;
 use super::tasks::{self, LABEL};
 use crate::error::{Error, ErrorKind, Result};
+use crate::properties::Properties;
 use crate::publish::Status;
 use crate::state::State;
 
@@ -190,11 +191,9 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn on_removed(&mut self, no: SlotNo, result: Result<()>, now: Instant) {
+    pub(super) fn on_removed(&mut self, no: SlotNo, result: Result<()>, old: Option<Box<Properties>>, now: Instant) {
         let Some(slot) = self.slots.get(no) else { return };
-        if !matches!(slot.phase, Phase::Deleting { .. }) {
-            return;
-        }
+        let Phase::Deleting { again, .. } = slot.phase else { return };
         let (used, orphan, since) = (slot.used, slot.orphan, slot.since);
         let waiting = self.slots.update(no, |slot| std::mem::take(&mut slot.deleted)).unwrap_or_default();
         match result {
@@ -208,11 +207,14 @@ impl Supervisor {
                 if orphan {
                     self.event(EventKind::OrphanedVmDeleted, Some(no), details());
                 }
-                self.slots.remove(no);
+                let gone = self.slots.remove(no);
                 if let Some(closing) = &mut self.closing {
                     closing.deleted += 1;
                 }
                 waiting.into_iter().for_each(|reply| drop(reply.send(Ok(()))));
+                if let (Some(tier), Some(gone), true) = (again, gone, self.is_open()) {
+                    self.create(gone.id, tier, old, now);
+                }
             }
             Err(error) => {
                 tracing::warn!(pool = %self.pool_id(), vm = error.instance(), %error, "a machine could not be deleted");

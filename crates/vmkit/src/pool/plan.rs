@@ -88,7 +88,7 @@ impl Tiers {
 /// The machines of a pool by what happens to them, and who waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counts {
-    /// Being made, by the tier they are made for.
+    /// Being made, or made again, by the tier they are made for.
     pub creating: Tiers,
     /// Ready to be acquired.
     pub ready: Tiers,

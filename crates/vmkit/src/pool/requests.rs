@@ -239,7 +239,7 @@ impl Supervisor {
             return;
         }
         self.release(no, None, now);
-        self.delete(no, false, now);
+        self.take_back(no, now);
     }
 
     pub(super) fn on_delete(&mut self, no: SlotNo, reply: oneshot::Sender<Result<()>>, now: Instant) {
@@ -247,6 +247,7 @@ impl Supervisor {
             // Gone already.
             return drop(reply.send(Ok(())));
         };
+        let held = matches!(slot.phase, Phase::Held { .. });
         let begin = match slot.phase {
             Phase::Held { .. } | Phase::Leaked | Phase::Kept => true,
             // It is being deleted: its result is this one's too.
@@ -262,7 +263,10 @@ impl Supervisor {
         self.slots.update(no, |slot| slot.deleted.push(reply));
         if begin {
             self.release(no, None, now);
-            self.delete(no, false, now);
+            match held {
+                true => self.take_back(no, now),
+                false => self.delete(no, false, now),
+            }
         }
     }
 

@@ -23,15 +23,37 @@ pub(super) type Cancel = oneshot::Sender<()>;
 
 /// What happens to a machine.
 pub(super) enum Phase {
-    Creating { tier: Tier, _cancel: Cancel },
-    Ready { tier: Tier, number: u64 },
-    Promoting { _cancel: Cancel },
-    Demoting { tier: Tier, _cancel: Cancel },
-    Granted { hold: Arc<Hold>, number: u64 },
-    Held { hold: Arc<Hold> },
-    Keeping { _cancel: Cancel },
+    Creating {
+        tier: Tier,
+        _cancel: Cancel,
+    },
+    Ready {
+        tier: Tier,
+        number: u64,
+    },
+    Promoting {
+        _cancel: Cancel,
+    },
+    Demoting {
+        tier: Tier,
+        _cancel: Cancel,
+    },
+    Granted {
+        hold: Arc<Hold>,
+        number: u64,
+    },
+    Held {
+        hold: Arc<Hold>,
+    },
+    Keeping {
+        _cancel: Cancel,
+    },
     Kept,
-    Deleting { hung: bool },
+    /// `again`: it was given back, and is made again under its name, for that tier.
+    Deleting {
+        hung: bool,
+        again: Option<Tier>,
+    },
     Leaked,
 }
 
@@ -260,8 +282,9 @@ impl Slot {
             Phase::Held { .. } => VmPhase::Held,
             Phase::Keeping { .. } => VmPhase::Keeping,
             Phase::Kept => VmPhase::Kept,
-            Phase::Deleting { hung: true } => VmPhase::Hung,
-            Phase::Deleting { hung: false } => VmPhase::Deleting,
+            Phase::Deleting { again: Some(tier), .. } => VmPhase::Resetting(*tier),
+            Phase::Deleting { hung: true, .. } => VmPhase::Hung,
+            Phase::Deleting { hung: false, .. } => VmPhase::Deleting,
             Phase::Leaked => VmPhase::Leaked,
         }
     }
@@ -316,8 +339,9 @@ fn count(counts: &mut Counts, slot: &Slot, by: isize) {
         Phase::Held { .. } if slot.released => &mut counts.stopped,
         Phase::Granted { .. } | Phase::Held { .. } => &mut counts.unreleased,
         Phase::Keeping { .. } | Phase::Kept => &mut counts.kept,
-        Phase::Deleting { hung: false } => &mut counts.deleting,
-        Phase::Deleting { hung: true } => &mut counts.hung,
+        Phase::Deleting { again: Some(tier), .. } => counts.creating.of_mut(tier),
+        Phase::Deleting { hung: false, .. } => &mut counts.deleting,
+        Phase::Deleting { hung: true, .. } => &mut counts.hung,
         Phase::Leaked => &mut counts.leaked,
     };
     add(place, by);

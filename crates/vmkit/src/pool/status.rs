@@ -114,6 +114,8 @@ pub enum VmPhase {
     Keeping,
     /// Kept for debugging.
     Kept,
+    /// Given back, and being deleted, to be made again under its name.
+    Resetting(Tier),
     /// Being deleted.
     Deleting,
     /// Half made by an attempt that failed, and being deleted.

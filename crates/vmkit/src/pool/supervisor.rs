@@ -13,12 +13,13 @@ use tracing::{debug, warn};
 
 use super::backoff::{Backoff, Random, after};
 use super::closing::Closing;
+use super::config::Reuse;
 use super::events::{Details, EventKind, Events, Journal};
 use super::lease::Claim;
 use super::message::{Mailbox, Message, Waiter};
 use super::metrics::Metrics;
 use super::pace::Pace;
-use super::plan::{Counts, Gate, Limits};
+use super::plan::{Counts, Gate, Limits, Tier};
 use super::queue::Queue;
 use super::slots::{Phase, Slot, SlotNo, Slots};
 use super::status::{PoolStatus, Totals, Trouble};
@@ -186,7 +187,7 @@ impl Supervisor {
             Message::Demoted(slot, result) => self.on_demoted(slot, result, now),
             Message::Kept(slot, result) => self.on_kept(slot, result, now),
             Message::Checked(slot, result) => self.on_checked(slot, result, now),
-            Message::Removed(slot, result) => self.on_removed(slot, result, now),
+            Message::Removed(slot, result, old) => self.on_removed(slot, result, old, now),
             Message::Changed(slot, status) => self.on_changed(slot, status, now),
         }
     }
@@ -278,14 +279,33 @@ impl Supervisor {
     /// Begins to delete a machine. Everything that ends a machine comes through here, and only from a phase in which nobody else
     /// does: that is the claim.
     pub(super) fn delete(&mut self, no: SlotNo, hung: bool, now: Instant) {
+        self.delete_for(no, hung, None, now);
+    }
+
+    /// A machine that was given back: made again, where that is wanted and the pool would make one now, or only deleted.
+    pub(super) fn take_back(&mut self, no: SlotNo, now: Instant) {
+        // As if it were gone: what the pool would make then.
+        self.slots.enter(no, Phase::Deleting { hung: false, again: None }, now);
+        let again = match self.shared.config.reuse {
+            Reuse::Reset if self.is_open() => self.short(now),
+            Reuse::Reset | Reuse::Never => None,
+        };
+        self.delete_for(no, false, again, now);
+    }
+
+    fn delete_for(&mut self, no: SlotNo, hung: bool, again: Option<Tier>, now: Instant) {
         let Some(slot) = self.slots.get(no) else { return };
         let (id, instance) = (slot.id.clone(), slot.instance.clone());
         // What could not be deleted before counts until it is gone, also while it is tried again.
         let hung = hung || slot.failures > 0;
-        self.slots.enter(no, Phase::Deleting { hung }, now);
+        let again = again.filter(|_| !hung);
+        self.slots.enter(no, Phase::Deleting { hung, again }, now);
         let (backend, pool) = (self.parts.backend.clone(), self.shared.name.clone());
         let limit = self.shared.config.cleanup_timeout;
-        self.task(async move { Message::Removed(no, tasks::remove(backend, pool, id, instance, limit).await) });
+        self.task(async move {
+            let old = again.and_then(|_| instance.as_ref().map(|instance| Box::new(instance.properties())));
+            Message::Removed(no, tasks::remove(backend, pool, id, instance, limit).await, old)
+        });
     }
 
     /// Runs something on a task of its own, which ends with one message, also when it panics.

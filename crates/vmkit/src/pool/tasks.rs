@@ -22,6 +22,8 @@ use crate::driver::{Found, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
 use crate::instance::Instance;
+use crate::properties::Properties;
+use crate::reset::prove_new;
 use crate::spec::{Id, Spec};
 use crate::state::State;
 
@@ -85,6 +87,8 @@ pub(super) struct Order {
     pub console: ConsoleSinks,
     pub ready: Ready,
     pub limit: Duration,
+    /// The machine that had its name and was used: this one must not be it.
+    pub old: Option<Box<Properties>>,
 }
 
 /// One attempt to make a machine. Whatever it says in the end, the machine is what was left, if anything was.
@@ -105,6 +109,9 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
         instance.clone_source().instrument(debug_span!("clone")).await?;
         if tier != Tier::Stopped {
             instance.start(order.console).instrument(debug_span!("start")).await?;
+            if let Some(old) = &order.old {
+                prove_new(old, instance)?;
+            }
             make_ready(instance, &order.ready).await?;
         }
         if tier == Tier::Suspended {
