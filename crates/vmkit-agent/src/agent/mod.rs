@@ -36,8 +36,9 @@ const MAX_EXECS: usize = 256;
 /// How long the next session waits for what the last one ran to be gone.
 const ENDS: Duration = Duration::from_secs(3);
 
-/// How long after a guest became another it writes that down: most are gone by then, and the others have the time.
-const SETTLES: Duration = Duration::from_secs(5);
+/// How long after a guest became another it writes that down, should nothing make it do so before: most are gone by then, and a pool
+/// that is being filled is not kept from it by those that are ready. One that is killed before boots as somebody new.
+const SETTLES: Duration = Duration::from_secs(60);
 
 /// The agent of one guest; serves any number of lines at once.
 #[derive(Clone)]
