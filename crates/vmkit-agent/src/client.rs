@@ -206,6 +206,9 @@ impl Client {
     /// [`AgentError::Closed`] when the session has ended otherwise.
     pub async fn leave(&self) -> Result<Left, AgentError> {
         let Some(bye) = lock(&self.0.bye).take() else { return Err(AgentError::Closed) };
+        // What was let go of before is said before: a stream comes after all that.
+        drop(self.0.opener.open().await);
+        tokio::task::yield_now().await;
         self.0.driver.abort();
         // Until it has stopped, it may still write.
         self.closed().await;

@@ -296,7 +296,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             while arrived < whole {
                 let rest = &mut handshake.payload[arrived..];
                 match std::future::poll_fn(|cx| self.lock().poll_data(cx, rest)).await {
-                    Ok(0) => break,
+                    Ok(0) if self.lock().marked => break,
+                    // Half of it and the end of the line.
+                    Ok(0) => return Ok(None),
                     Ok(n) => arrived += n,
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => break,
                     Err(error) => return Err(error),
@@ -327,8 +329,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     }
 
     /// Sends what is waiting. Sessions call it when they have nothing more to say for now: many frames, one write.
+    /// A session that is over has nothing more to say.
     pub(crate) fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.lock().poll_send(cx)
+        let mut inner = self.lock();
+        if inner.over { Poll::Pending } else { inner.poll_send(cx) }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner<S>> {
@@ -354,7 +358,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
         Poll::Ready(Ok(Some(self.raw[self.start - 1])))
     }
 
-    /// Decoded data; 0 at the end of the line and at a marker.
+    /// Decoded data; 0 at the end of the line and, after what came before it, at a marker.
     fn poll_data(&mut self, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
             if self.marked || out.is_empty() || ready!(self.poll_fill(cx))? == 0 {
@@ -368,7 +372,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
                 Stop::More if decoded.produced == 0 => continue,
                 Stop::More => {}
             }
-            return Poll::Ready(Ok(if self.marked { 0 } else { decoded.produced }));
+            return Poll::Ready(Ok(decoded.produced));
         }
     }
 
@@ -396,6 +400,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> futures::io::AsyncRead for Link<S> {
         }
         let read = ready!(inner.poll_data(cx, out));
         if inner.marked
+            && matches!(read, Ok(0))
             && let Some(listener) = &mut inner.listens
         {
             if let Some(listener) = listener.take() {
@@ -411,6 +416,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> futures::io::AsyncRead for Link<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> futures::io::AsyncWrite for Link<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let inner = &mut *self.lock();
+        if inner.over {
+            return Poll::Pending;
+        }
         if inner.out.len() >= WRITE {
             ready!(inner.poll_send(cx))?;
         }

@@ -554,6 +554,16 @@ async fn leaving_ends_the_session_and_what_runs_lives_on() {
     drop((ends, client));
     assert!(gone(pid).await, "called off, and it still outlives its session");
 
+    // What was let go of before ends, however soon the good-bye follows.
+    let client = guest.connect().await;
+    let dropped = client.exec(sh("sleep 600")).await.unwrap();
+    let pid = dropped.pid;
+    drop(dropped);
+    let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
+    assert!(gone(pid).await, "it was let go of before the good-bye");
+    drop((left, client));
+    guest.connect().await.freeze(false).await.unwrap();
+
     // On a line that nobody has said anything on, too.
     let left = timeout(HANGS, Client::leave_from(guest.line().await)).await.unwrap().unwrap();
     let client = guest.connect().await;

@@ -485,7 +485,11 @@ impl<D: Driver> Machine<D> {
         // It passes other processes' operations too: one that hangs in Starting holds the machine for minutes.
         let mut killed = Ok(());
         if self.is_nothing() {
-            return drop(kill.0.send(self.stop(Duration::ZERO, pending()).await));
+            let stop = match plan(self.state(), Action::Stop) {
+                Verdict::Already => Ok(()),
+                Verdict::Run(_) | Verdict::Refuse => Err(Error::illegal(self.id.as_str(), self.state(), Action::Stop)),
+            };
+            return drop(kill.0.send(StopReport { run: Ok(()), stop, forced: true }));
         }
         for patience in [KILL_WAITS, LETS_GO] {
             let taken = work(self.driver.begin(Action::Stop), patience, "waiting", pending(), None).await;

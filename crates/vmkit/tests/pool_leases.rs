@@ -157,7 +157,7 @@ async fn a_machine_that_is_given_back_is_made_again_under_its_name_where_that_is
     let all: BTreeSet<Id> = pool.status().await.vms.iter().map(|vm| vm.id.clone()).collect();
     let lease = pool.acquire().await.unwrap();
     let used = lease.id().clone();
-    let birth = lease.properties().birth.unwrap();
+    let process = lease.properties().pid;
     assert!(lease.command("store").args(["/secret", "s3cret"]).output().await.unwrap().status.success());
     lease.delete().await.unwrap();
     assert_eq!(lease.state(), State::Deleted);
@@ -178,8 +178,7 @@ async fn a_machine_that_is_given_back_is_made_again_under_its_name_where_that_is
     let leases = [pool.acquire().await.unwrap(), pool.acquire().await.unwrap()];
     drop(lease);
     let again = leases.iter().find(|lease| lease.id() == &used).unwrap();
-    let new = again.properties().birth.unwrap();
-    assert!(new.unused && new != birth);
+    assert!(again.properties().birth.unwrap().unused && again.properties().pid != process);
     let secret = again.command("cat").arg("/secret").output().await.unwrap();
     assert!(!secret.status.success(), "{secret:?}");
     // Dropped without a word: the same.
@@ -205,10 +204,25 @@ async fn what_there_is_no_room_for_is_only_deleted_and_what_cannot_be_is_replace
     let status = until(&pool, "deleted", |status| status.totals.deleted == 1).await;
     assert!(status.vms.iter().all(|vm| vm.id != names[0]), "{status:?}");
 
-    // A disk that cannot be removed is no reason to wait for it.
+    // A disk that cannot be removed, or not soon, is no reason to wait for it.
     world.fault(Some(&names[1]), Verb::Destroy, Fault::Err);
     second.delete().await.unwrap_err();
     let status = full(&pool, 2).await;
     assert!(status.totals.delete_failures > 0);
+    close(&pool, &world).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_that_hangs_keeps_no_other_machine_from_being_made() {
+    let (world, builder) = pool();
+    let pool = builder.size(1).reuse(Reuse::Reset).create_concurrency(1).cleanup_timeout(secs(60)).build().unwrap();
+    pool.start().await.unwrap();
+    let lease = pool.acquire().await.unwrap();
+    world.fault(Some(lease.id()), Verb::Destroy, Fault::Hang);
+    let began = tokio::time::Instant::now();
+    drop(lease);
+    let next = pool.acquire().await.unwrap();
+    assert!(began.elapsed() < secs(20), "{:?}", began.elapsed());
+    drop(next);
     close(&pool, &world).await;
 }

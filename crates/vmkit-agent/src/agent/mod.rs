@@ -56,6 +56,8 @@ struct Inner {
     prepares: Notify,
     /// When a host last said good-bye, by the clock that stands still while a machine is saved.
     left: Mutex<Option<Timespec>>,
+    /// Who will write down who this guest is.
+    settles: Mutex<Option<AbortHandle>>,
 }
 
 /// Whether a line goes on after its end was read.
@@ -78,6 +80,7 @@ impl Agent {
             running: exec::Running::default(),
             env: Mutex::default(),
             left: Mutex::default(),
+            settles: Mutex::default(),
             prepared: Mutex::default(),
             prepares: Notify::new(),
         })))
@@ -166,10 +169,11 @@ impl Agent {
                 Ok(renewed) => {
                     if renew.fork.is_some() {
                         let inner = self.0.clone();
-                        tokio::spawn(async move {
+                        let settles = tokio::spawn(async move {
                             tokio::time::sleep(SETTLES).await;
                             renew::settle(&inner);
                         });
+                        *lock(&self.0.settles) = Some(settles.abort_handle());
                     }
                     Reply::Renewed(renewed)
                 }
@@ -200,7 +204,7 @@ impl Agent {
     }
 }
 
-/// A session that is under way.
+/// A session that is under way; dropped, it ends.
 struct Live {
     /// What reads and writes; without it, everything else of the session comes to its end.
     drive: AbortHandle,
@@ -208,10 +212,16 @@ struct Live {
     ends: JoinHandle<()>,
 }
 
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.drive.abort();
+    }
+}
+
 async fn end(session: Option<Live>) {
-    if let Some(Live { drive, ends }) = session {
-        drive.abort();
-        let _ = ends.await;
+    if let Some(mut session) = session {
+        session.drive.abort();
+        let _ = (&mut session.ends).await;
     }
 }
 
@@ -242,6 +252,7 @@ impl Session {
             Request::Freeze(on) => {
                 self.agent.0.running.freeze(on);
                 if !on {
+                    *lock(&self.agent.0.left) = None;
                     // It goes on as who it was, also after it was made ready for others to go on from.
                     renew::settle(&self.agent.0);
                 }
@@ -253,6 +264,8 @@ impl Session {
             },
             Request::Prepare => {
                 self.agent.0.prepares.notify_one();
+                // Not while others are made of what is on its disk: whoever has it prepared tells it when that is over.
+                lock(&self.agent.0.settles).take().iter().for_each(AbortHandle::abort);
                 let inner = self.agent.0.clone();
                 // It may take long, and others are served meanwhile.
                 let _ = tokio::task::spawn_blocking(move || {

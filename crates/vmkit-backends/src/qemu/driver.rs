@@ -37,6 +37,8 @@ use crate::process::{Held, Identity};
 const TAIL: u64 = 2048;
 /// How long the agent may take to answer a request of ours.
 const AGENT_ANSWERS: Duration = Duration::from_secs(10);
+/// How long a busy guest may take to hear that it is not suspended after all.
+const HEARS: Duration = Duration::from_secs(300);
 /// How long a QEMU whose sockets have closed may take to be gone.
 const ENDS: Duration = Duration::from_secs(2);
 /// What is left of a start's time when the start gives up by itself, to say why.
@@ -350,12 +352,26 @@ impl QemuDriver {
     /// Lets a guest go on that was to be saved.
     async fn call_off(&self, qmp: &mut Qmp) -> Result<()> {
         // Memory that a guest goes on with fits nothing that was saved.
-        [STATE_PARTIAL, STATE, STATE_FULL]
-            .map(|file| self.file(file))
-            .iter()
-            .try_for_each(|file| layout::remove(file))?;
-        qmp.cont().await?;
-        self.ask_agent(async |agent| agent.freeze(false).await).await
+        let saved = [STATE_PARTIAL, STATE, STATE_FULL].map(|file| self.file(file));
+        saved.iter().try_for_each(|file| layout::remove(file))?;
+        if self.config.durable {
+            layout::sync(&self.dir)?;
+        }
+        qmp.cont().await
+    }
+
+    /// Tells a guest that it is not suspended after all. It runs: one that is too busy to hear that now hears it later.
+    async fn thaw(&self) {
+        let (line, id) = (self.line.clone(), self.id.clone());
+        let told = async move { line.client().await?.freeze(false).await.map_err(translate) };
+        let told = tokio::spawn(async move {
+            match timeout(HEARS, told).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(%id, %error, "telling a guest that it is not suspended after all"),
+                Err(_) => warn!(%id, "a guest was not told in time that it is not suspended after all"),
+            }
+        });
+        let _ = timeout(AGENT_ANSWERS, told).await;
     }
 
     pub(super) fn note_fork(&mut self) -> Result<()> {
@@ -545,24 +561,30 @@ impl Driver for QemuDriver {
                 "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
             )
         });
+        // One after the other: a session that has ended is not begun again for a QEMU that does not answer.
+        let mut qmp = connected.await?;
         // A guest whose agent is silent is not one to resume.
-        match tokio::join!(connected, self.line.leave(AGENT_ANSWERS)) {
-            (Ok(mut qmp), Ok(_left)) => {
-                if let Err(error) = self.save(&mut qmp, memory).await {
-                    if let Err(second) = self.call_off(&mut qmp).await {
-                        warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
-                        self.kill().await?;
-                    }
-                    return Err(error);
+        let left = match self.line.leave(AGENT_ANSWERS).await {
+            Ok(left) => left,
+            Err(error) => {
+                // It may hear it yet.
+                self.thaw().await;
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.save(&mut qmp, memory).await {
+            // Its line is needed.
+            drop(left);
+            match self.call_off(&mut qmp).await {
+                Ok(()) => self.thaw().await,
+                Err(second) => {
+                    warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
+                    self.kill().await?;
                 }
             }
-            (connected, left) => {
-                if left.is_ok() {
-                    let _ = self.ask_agent(async |agent| agent.freeze(false).await).await;
-                }
-                return connected.and(left.map(drop)).map(drop);
-            }
+            return Err(error);
         }
+        drop(left);
         self.line.forget();
         // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.
         self.end_process().await

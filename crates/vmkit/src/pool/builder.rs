@@ -152,6 +152,13 @@ impl PoolBuilder {
             let error = Error::new(ErrorKind::InvalidArgument, format!("the label {LABEL} is the pool's own"));
             return Err(error.hint("choose another label"));
         }
+        if self.config.reuse == Reuse::Reset && self.spec.snapshot.is_some() {
+            let error = Error::new(
+                ErrorKind::InvalidArgument,
+                "copies of a machine that ran have nothing that they could be reset to",
+            );
+            return Err(error.hint("leave reuse out"));
+        }
         let spec = self.spec.label(LABEL, name.as_str());
         spec.check()?;
         let (backend, sizing, console, seed) = (self.backend, self.sizing, self.console, self.seed);

@@ -44,9 +44,9 @@ pub enum Reuse {
     /// It is deleted, and another one is made.
     #[default]
     Never,
-    /// It is reset: everything it had is deleted, and it is made again under its name, which is proven by its
-    /// [`Birth`](crate::Birth) before anybody gets it. Where fresh machines are forks of a template, that takes as long as a
-    /// fork. One that the pool has no room for is only deleted.
+    /// It is reset: everything it had is deleted, and it is made again under its name; one that is started for that is proven
+    /// new by its [`Birth`](crate::Birth). Where fresh machines are forks of a template, that takes as long as a fork. One that
+    /// the pool has no room for, or whose deletion takes long, is only deleted, and another is made when one is missing.
     Reset,
 }
 

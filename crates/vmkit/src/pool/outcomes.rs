@@ -212,7 +212,10 @@ impl Supervisor {
                     closing.deleted += 1;
                 }
                 waiting.into_iter().for_each(|reply| drop(reply.send(Ok(()))));
-                if let (Some(tier), Some(gone), true) = (again, gone, self.is_open()) {
+                // Much may have changed meanwhile.
+                if let (Some(_), Some(gone), true) = (again, gone, self.is_open())
+                    && let Some(tier) = self.short(now)
+                {
                     self.create(gone.id, tier, old, now);
                 }
             }
@@ -264,11 +267,16 @@ impl Supervisor {
                     self.delete(no, false, now);
                 }
                 Phase::Kept | Phase::Leaked => self.delete(no, false, now),
+                // What takes so long keeps no other machine from being made.
+                Phase::Deleting { hung, again: Some(_) } => {
+                    let hung = *hung;
+                    self.slots.update(no, |slot| slot.phase = Phase::Deleting { hung, again: None });
+                }
                 Phase::Creating { .. }
                 | Phase::Promoting { .. }
                 | Phase::Demoting { .. }
                 | Phase::Keeping { .. }
-                | Phase::Deleting { .. } => {}
+                | Phase::Deleting { again: None, .. } => {}
             }
         }
     }

@@ -34,6 +34,8 @@ use crate::spec::Id;
 const BATCH: usize = 64;
 /// Where the loop waits when nothing is to come.
 const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How long the deletion of a machine may take that is then to be made again.
+const RESETS: Duration = Duration::from_secs(5);
 
 /// Starts a pool. `reply` is told when one machine is ready.
 pub(super) fn spawn(
@@ -300,6 +302,7 @@ impl Supervisor {
         let hung = hung || slot.failures > 0;
         let again = again.filter(|_| !hung);
         self.slots.enter(no, Phase::Deleting { hung, again }, now);
+        self.slots.alarm(no, again.map(|_| after(now, RESETS)));
         let (backend, pool) = (self.parts.backend.clone(), self.shared.name.clone());
         let limit = self.shared.config.cleanup_timeout;
         self.task(async move {
