@@ -1,124 +1,17 @@
 //! The agent as a process of its own, over a Unix socket: the same code as over virtio-serial.
 
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+mod common;
+
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
-use vmkit_agent::client::{AgentError, Client, Exec, ExecRequest, Exit};
+use vmkit_agent::client::{AgentError, Client, ExecRequest, Exit};
 use vmkit_agent::link::{FRAME, Handshake, Kind, MARKER, VERSION};
 use vmkit_agent::protocol::{Failure, Reply, decode};
 
-/// Long enough for the slowest machine; only a hang reaches it.
-const HANGS: Duration = Duration::from_secs(60);
-
-struct Guest {
-    agent: Child,
-    dir: tempfile::TempDir,
-}
-
-impl Guest {
-    fn start() -> Guest {
-        let dir = tempfile::tempdir().unwrap();
-        let agent = Command::new(env!("CARGO_BIN_EXE_vmkit-agent"))
-            .arg("--listen")
-            .arg(format!("unix:{}", dir.path().join("s").display()))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Guest { agent, dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    async fn line(&self) -> UnixStream {
-        for _ in 0..1000 {
-            if let Ok(line) = UnixStream::connect(self.path("s")).await {
-                return line;
-            }
-            sleep(Duration::from_millis(5)).await;
-        }
-        panic!("the agent does not listen");
-    }
-
-    async fn connect(&self) -> Client {
-        timeout(HANGS, Client::connect(self.line().await)).await.unwrap().unwrap()
-    }
-
-    /// Resident memory of the agent, KiB.
-    fn resident(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.agent.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let _ = self.agent.kill();
-        let _ = self.agent.wait();
-    }
-}
-
-fn sh(script: &str) -> ExecRequest {
-    ExecRequest {
-        program: "sh".into(),
-        args: vec!["-c".into(), script.into()],
-        stdout: true,
-        stderr: true,
-        ..ExecRequest::default()
-    }
-}
-
-async fn finish(mut exec: Exec) -> (Exit, Vec<u8>, Vec<u8>) {
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    drop(exec.stdin.take());
-    timeout(HANGS, async {
-        if let Some(mut stdout) = exec.stdout.take() {
-            stdout.read_to_end(&mut out).await.unwrap();
-        }
-        if let Some(mut stderr) = exec.stderr.take() {
-            stderr.read_to_end(&mut err).await.unwrap();
-        }
-        (exec.control.wait().await.unwrap(), out, err)
-    })
-    .await
-    .unwrap()
-}
-
-async fn run(client: &Client, request: ExecRequest) -> (Exit, Vec<u8>, Vec<u8>) {
-    finish(timeout(HANGS, client.exec(request)).await.unwrap().unwrap()).await
-}
-
-fn alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat[stat.rfind(')').unwrap()..].starts_with(") Z"))
-}
-
-async fn gone(pid: u32) -> bool {
-    for _ in 0..2000 {
-        if !alive(pid) {
-            return true;
-        }
-        sleep(Duration::from_millis(5)).await;
-    }
-    false
-}
-
-/// The number that a script writes into a file.
-async fn number(path: &std::path::Path) -> u32 {
-    for _ in 0..4000 {
-        if let Some(number) = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()) {
-            return number;
-        }
-        sleep(Duration::from_millis(5)).await;
-    }
-    panic!("nothing was written to {}", path.display());
-}
+use common::{Guest, HANGS, alive, finish, gone, number, run, sh};
 
 #[tokio::test]
 async fn tells_streams_codes_and_signals_apart() {
@@ -447,31 +340,6 @@ async fn a_second_hello_on_a_line_ends_the_first_session() {
 }
 
 #[tokio::test]
-async fn frozen_commands_survive_the_loss_of_their_session() {
-    let guest = Guest::start();
-    let client = guest.connect().await;
-    let other = guest.connect().await;
-    let note = guest.path("count");
-    let script = format!("n=0; while :; do n=$((n+1)); echo $n; echo $n > {}; sleep 0.01; done", note.display());
-    let kept = client.exec(sh(&script)).await.unwrap();
-    let pid = kept.pid;
-    // Through any session, for the commands of all.
-    other.freeze(true).await.unwrap();
-    drop(kept);
-    drop(client);
-    let before = number(&note).await;
-    sleep(Duration::from_millis(300)).await;
-    assert!(alive(pid), "a frozen command ended with its session");
-    assert!(number(&note).await > before, "it is not read from any more, and hangs");
-    other.freeze(false).await.unwrap();
-    rustix::process::kill_process_group(
-        rustix::process::Pid::from_raw(pid as i32).unwrap(),
-        rustix::process::Signal::KILL,
-    )
-    .unwrap();
-}
-
-#[tokio::test]
 async fn garbage_before_a_handshake_is_skipped() {
     let guest = Guest::start();
     let mut line = guest.line().await;
@@ -526,56 +394,6 @@ async fn a_dead_agent_is_an_error_not_a_hang() {
         rustix::process::Signal::KILL,
     )
     .unwrap();
-}
-
-#[tokio::test]
-async fn leaving_ends_the_session_and_what_runs_lives_on() {
-    let guest = Guest::start();
-    let client = guest.connect().await;
-    let other = guest.connect().await;
-    let kept = client.exec(sh("sleep 600")).await.unwrap();
-    let others = other.exec(sh("sleep 600")).await.unwrap();
-    let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
-    assert!(matches!(client.ping().await, Err(AgentError::Closed)));
-    assert!(matches!(client.leave().await, Err(AgentError::Closed)), "a session ends once");
-    let pids = [kept.pid, others.pid];
-    // Through any session, for the commands of all; and the other sessions go on.
-    timeout(HANGS, other.ping()).await.unwrap().unwrap();
-    drop((kept, others, other, client));
-    sleep(Duration::from_millis(200)).await;
-    assert!(pids.into_iter().all(alive), "{pids:?}");
-
-    // The line is free for the next, and called off it is as if nothing had been.
-    drop(left);
-    let client = guest.connect().await;
-    client.freeze(false).await.unwrap();
-    let ends = client.exec(sh("sleep 600")).await.unwrap();
-    let pid = ends.pid;
-    drop((ends, client));
-    assert!(gone(pid).await, "called off, and it still outlives its session");
-
-    // What was let go of before ends, however soon the good-bye follows.
-    let client = guest.connect().await;
-    let dropped = client.exec(sh("sleep 600")).await.unwrap();
-    let pid = dropped.pid;
-    drop(dropped);
-    let left = timeout(HANGS, client.leave()).await.unwrap().unwrap();
-    assert!(gone(pid).await, "it was let go of before the good-bye");
-    drop((left, client));
-    guest.connect().await.freeze(false).await.unwrap();
-
-    // On a line that nobody has said anything on, too.
-    let left = timeout(HANGS, Client::leave_from(guest.line().await)).await.unwrap().unwrap();
-    let client = guest.connect().await;
-    let frozen = client.exec(sh("sleep 600")).await.unwrap();
-    let pids = [pids[0], pids[1], frozen.pid];
-    drop((frozen, client, left));
-    sleep(Duration::from_millis(200)).await;
-    for pid in pids {
-        assert!(alive(pid));
-        let group = rustix::process::Pid::from_raw(pid as i32).unwrap();
-        rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
-    }
 }
 
 #[tokio::test]

@@ -59,6 +59,8 @@ fn a_fork_boots_from_what_it_wrote_and_keeps_who_it_is() {
         sh(&vm, "echo kept > /kept; echo lost > /dev/shm/lost").await;
         let calm = "cd /proc/sys; cat vm/compaction_proactiveness vm/stat_interval kernel/watchdog";
         assert_eq!(sh(&vm, calm).await, "0\n60\n0", "an idle guest is to be left alone");
+        let background = "grep -c ' / ext4 .*noinit_itable,no_prefetch_block_bitmaps' /proc/mounts";
+        assert_eq!(sh(&vm, background).await, "1", "nor does its file system work by itself");
         let before = sh(&vm, "cat /etc/machine-id").await;
         assert!(!vm.properties().birth.unwrap().renewed.is_empty());
         vm.stop(Duration::from_secs(20)).await.stop.unwrap();

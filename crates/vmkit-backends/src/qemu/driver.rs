@@ -6,9 +6,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use futures::TryFutureExt;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::process::{Child, Command};
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use vmkit::{
@@ -36,9 +36,7 @@ use crate::process::{Held, Identity};
 /// How much of a log goes into an error, bytes.
 const TAIL: u64 = 2048;
 /// How long the agent may take to answer a request of ours.
-const AGENT_ANSWERS: Duration = Duration::from_secs(10);
-/// How long a busy guest may take to hear that it is not suspended after all.
-const HEARS: Duration = Duration::from_secs(300);
+pub(super) const AGENT_ANSWERS: Duration = Duration::from_secs(10);
 /// How long a QEMU whose sockets have closed may take to be gone.
 const ENDS: Duration = Duration::from_secs(2);
 /// What is left of a start's time when the start gives up by itself, to say why.
@@ -60,6 +58,8 @@ pub struct QemuDriver {
     forking: bool,
     process: Option<Process>,
     pub(super) line: Arc<Line>,
+    /// What is being told of a suspend that was called off.
+    pub(super) thawing: Option<AbortHandle>,
 }
 
 /// What a driver has to do with templates.
@@ -94,7 +94,19 @@ impl QemuDriver {
         let Qemu { config, layout, templates } = qemu.clone();
         let dir = layout.machine(&id);
         let line = Line::new(dir.clone(), spec.timeouts.start);
-        QemuDriver { id, spec, config, templates, layout, dir, lock: None, forking: false, process: None, line }
+        QemuDriver {
+            id,
+            spec,
+            config,
+            templates,
+            layout,
+            dir,
+            lock: None,
+            forking: false,
+            process: None,
+            line,
+            thawing: None,
+        }
     }
 
     pub(super) fn qemu(&self) -> Qemu {
@@ -322,58 +334,6 @@ impl QemuDriver {
         }
     }
 
-    /// Where the saved execution has its memory: a fork that shares its template's has its own nowhere else than in its process.
-    fn saved_memory(&self) -> Memory {
-        if self.file(MEMORY).exists() { Memory::Elsewhere } else { Memory::Within }
-    }
-
-    /// Saves the guest, which stands still from then on, and commits that in one step.
-    async fn save(&self, qmp: &mut Qmp, memory: Memory) -> Result<()> {
-        let partial = self.file(STATE_PARTIAL);
-        layout::remove(&partial)?;
-        let state = match memory {
-            Memory::Elsewhere => STATE,
-            Memory::Within => STATE_FULL,
-        };
-        qmp.save(STATE_PARTIAL, memory).await?;
-        if self.config.durable {
-            let own = (memory == Memory::Elsewhere).then(|| self.file(MEMORY));
-            let files: Vec<PathBuf> = [partial.clone(), self.file(DISK)].into_iter().chain(own).collect();
-            let synced = tokio::task::spawn_blocking(move || files.iter().try_for_each(|file| layout::sync(file)));
-            synced.await.map_err(|error| Error::new(ErrorKind::Io, "writing to disk failed").caused_by(error))??;
-        }
-        layout::rename(&partial, &self.file(state))?;
-        if self.config.durable {
-            layout::sync(&self.dir)?;
-        }
-        Ok(())
-    }
-
-    /// Lets a guest go on that was to be saved.
-    async fn call_off(&self, qmp: &mut Qmp) -> Result<()> {
-        // Memory that a guest goes on with fits nothing that was saved.
-        let saved = [STATE_PARTIAL, STATE, STATE_FULL].map(|file| self.file(file));
-        saved.iter().try_for_each(|file| layout::remove(file))?;
-        if self.config.durable {
-            layout::sync(&self.dir)?;
-        }
-        qmp.cont().await
-    }
-
-    /// Tells a guest that it is not suspended after all. It runs: one that is too busy to hear that now hears it later.
-    async fn thaw(&self) {
-        let (line, id) = (self.line.clone(), self.id.clone());
-        let told = async move { line.client().await?.freeze(false).await.map_err(translate) };
-        let told = tokio::spawn(async move {
-            match timeout(HEARS, told).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!(%id, %error, "telling a guest that it is not suspended after all"),
-                Err(_) => warn!(%id, "a guest was not told in time that it is not suspended after all"),
-            }
-        });
-        let _ = timeout(AGENT_ANSWERS, told).await;
-    }
-
     pub(super) fn note_fork(&mut self) -> Result<()> {
         let Some(lock) = &self.lock else {
             return Err(Error::new(ErrorKind::Backend, "the machine's lock is not held"));
@@ -545,49 +505,7 @@ impl Driver for QemuDriver {
     }
 
     async fn suspend(&mut self) -> Result<()> {
-        if matches!(self.templates, TemplateUse::Make) {
-            // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
-            self.line.client().await?.prepare().await.map_err(translate)?;
-        }
-        let memory = self.saved_memory();
-        let connected = async {
-            let mut qmp = Qmp::connect(&self.dir, QMP).await?;
-            qmp.take_memory(memory).await?;
-            Ok(qmp)
-        }
-        .map_err(|error: Error| {
-            // Not as one that is late: nothing was begun, and nothing is to be ended for it.
-            Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
-                "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
-            )
-        });
-        // One after the other: a session that has ended is not begun again for a QEMU that does not answer.
-        let mut qmp = connected.await?;
-        // A guest whose agent is silent is not one to resume.
-        let left = match self.line.leave(AGENT_ANSWERS).await {
-            Ok(left) => left,
-            Err(error) => {
-                // It may hear it yet.
-                self.thaw().await;
-                return Err(error);
-            }
-        };
-        if let Err(error) = self.save(&mut qmp, memory).await {
-            // Its line is needed.
-            drop(left);
-            match self.call_off(&mut qmp).await {
-                Ok(()) => self.thaw().await,
-                Err(second) => {
-                    warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
-                    self.kill().await?;
-                }
-            }
-            return Err(error);
-        }
-        drop(left);
-        self.line.forget();
-        // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.
-        self.end_process().await
+        self.save_and_end().await
     }
 
     async fn snapshot(&mut self) -> Result<Snapshot> {

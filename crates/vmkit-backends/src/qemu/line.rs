@@ -11,6 +11,7 @@ use rustix::fs::FlockOperation;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
+use tracing::warn;
 use vmkit::{Binding, CommandSpec, Error, ErrorKind, ExitStatus, GuestOps, GuestProcess, ProcessControl, Result};
 use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Exit, Fork};
 
@@ -111,6 +112,21 @@ impl Line {
             left = left => left,
             () = console::stands_panicked(&self.dir) => Err(given_up()),
             () = tokio::time::sleep(patience) => Err(silent()),
+        }
+    }
+
+    /// Tells the agent that its machine is not saved after all. It runs: one that is too busy to hear that within `patience` is no
+    /// reason to lose it.
+    pub async fn thaw(&self, patience: Duration) {
+        let told = async { self.client().await?.freeze(false).await.map_err(translate) };
+        match tokio::time::timeout(patience, told).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                warn!(dir = %self.dir.display(), %error, "telling a guest that it is not suspended after all")
+            }
+            Err(_) => {
+                warn!(dir = %self.dir.display(), "a guest was not told in time that it is not suspended after all")
+            }
         }
     }
 

@@ -33,6 +33,7 @@ mod qmp;
 mod recover;
 mod snapshot;
 mod socket;
+mod suspend;
 mod template;
 mod turns;
 

@@ -7,7 +7,7 @@ use tracing::warn;
 use vmkit::{Action, Fact, Id, Result};
 
 use super::layout::{self, Layout, QMP, STATE_PARTIAL, STATE_SPENT};
-use super::line::{Line, translate};
+use super::line::Line;
 use super::qmp::Qmp;
 use crate::process::Identity;
 
@@ -51,14 +51,7 @@ async fn go_on(dir: &std::path::Path) -> Result<()> {
     if !qmp.is_running().await? {
         qmp.cont().await?;
     }
-    // It runs: a guest that is too busy to be told so now is no reason to lose it.
-    let told =
-        async { Line::new(dir.to_owned(), Duration::ZERO).client().await?.freeze(false).await.map_err(translate) };
-    match timeout(TOLD, told).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => warn!(dir = %dir.display(), %error, "telling a guest that it is not suspended after all"),
-        Err(_) => warn!(dir = %dir.display(), "a guest was not told in time that it is not suspended after all"),
-    }
+    Line::new(dir.to_owned(), Duration::ZERO).thaw(TOLD).await;
     Ok(())
 }
 

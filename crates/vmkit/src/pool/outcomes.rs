@@ -264,7 +264,7 @@ impl Supervisor {
                     hold.end();
                     let error = Error::new(ErrorKind::TimedOut, "the lease's time limit has passed");
                     self.release(no, Some(&error), now);
-                    self.delete(no, false, now);
+                    self.take_back(no, now);
                 }
                 Phase::Kept | Phase::Leaked => self.delete(no, false, now),
                 // What takes so long keeps no other machine from being made.

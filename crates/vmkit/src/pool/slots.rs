@@ -21,39 +21,17 @@ pub(super) type SlotNo = u64;
 /// Dropped, it ends the task that works on a machine.
 pub(super) type Cancel = oneshot::Sender<()>;
 
-/// What happens to a machine.
+/// What happens to a machine. One that was given back may be deleted to be made `again` under its name, for that tier.
 pub(super) enum Phase {
-    Creating {
-        tier: Tier,
-        _cancel: Cancel,
-    },
-    Ready {
-        tier: Tier,
-        number: u64,
-    },
-    Promoting {
-        _cancel: Cancel,
-    },
-    Demoting {
-        tier: Tier,
-        _cancel: Cancel,
-    },
-    Granted {
-        hold: Arc<Hold>,
-        number: u64,
-    },
-    Held {
-        hold: Arc<Hold>,
-    },
-    Keeping {
-        _cancel: Cancel,
-    },
+    Creating { tier: Tier, _cancel: Cancel },
+    Ready { tier: Tier, number: u64 },
+    Promoting { _cancel: Cancel },
+    Demoting { tier: Tier, _cancel: Cancel },
+    Granted { hold: Arc<Hold>, number: u64 },
+    Held { hold: Arc<Hold> },
+    Keeping { _cancel: Cancel },
     Kept,
-    /// `again`: it was given back, and is made again under its name, for that tier.
-    Deleting {
-        hung: bool,
-        again: Option<Tier>,
-    },
+    Deleting { hung: bool, again: Option<Tier> },
     Leaked,
 }
 

@@ -1,0 +1,115 @@
+//! Suspending: what runs is saved to disk with its memory, or goes on as if nothing had been.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures::TryFutureExt;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tracing::warn;
+use vmkit::{Driver, Error, ErrorKind, Result};
+
+use super::driver::{AGENT_ANSWERS, QemuDriver, TemplateUse};
+use super::layout::{self, DISK, MEMORY, QMP, STATE, STATE_FULL, STATE_PARTIAL};
+use super::line::translate;
+use super::qmp::{Memory, Qmp};
+
+/// How long a busy guest may take to hear that it is not suspended after all.
+const HEARS: Duration = Duration::from_secs(300);
+
+impl QemuDriver {
+    /// Suspends the machine: told, saved, ended.
+    pub(super) async fn save_and_end(&mut self) -> Result<()> {
+        // Nobody tells it otherwise from here on.
+        self.thawing.take().iter().for_each(AbortHandle::abort);
+        if matches!(self.templates, TemplateUse::Make) {
+            // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
+            self.line.client().await?.prepare().await.map_err(translate)?;
+        }
+        let memory = self.saved_memory();
+        let connected = async {
+            let mut qmp = Qmp::connect(&self.dir, QMP).await?;
+            qmp.take_memory(memory).await?;
+            Ok(qmp)
+        }
+        .map_err(|error: Error| {
+            // Not as one that is late: nothing was begun, and nothing is to be ended for it.
+            Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
+                "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
+            )
+        });
+        // One after the other: a session that has ended is not begun again for a QEMU that does not answer.
+        let mut qmp = connected.await?;
+        // A guest whose agent is silent is not one to resume.
+        let left = match self.line.leave(AGENT_ANSWERS).await {
+            Ok(left) => left,
+            Err(error) => {
+                // It may hear it yet.
+                self.thaw().await;
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.save(&mut qmp, memory).await {
+            // Its line is needed.
+            drop(left);
+            match self.call_off(&mut qmp).await {
+                Ok(()) => self.thaw().await,
+                Err(second) => {
+                    warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
+                    self.kill().await?;
+                }
+            }
+            return Err(error);
+        }
+        drop(left);
+        self.line.forget();
+        // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.
+        self.end_process().await
+    }
+
+    /// Where the saved execution has its memory: a fork that shares its template's has its own nowhere else than in its process.
+    fn saved_memory(&self) -> Memory {
+        if self.file(MEMORY).exists() { Memory::Elsewhere } else { Memory::Within }
+    }
+
+    /// Saves the guest, which stands still from then on, and commits that in one step.
+    async fn save(&self, qmp: &mut Qmp, memory: Memory) -> Result<()> {
+        let partial = self.file(STATE_PARTIAL);
+        layout::remove(&partial)?;
+        let state = match memory {
+            Memory::Elsewhere => STATE,
+            Memory::Within => STATE_FULL,
+        };
+        qmp.save(STATE_PARTIAL, memory).await?;
+        if self.config.durable {
+            let own = (memory == Memory::Elsewhere).then(|| self.file(MEMORY));
+            let files: Vec<PathBuf> = [partial.clone(), self.file(DISK)].into_iter().chain(own).collect();
+            let synced = tokio::task::spawn_blocking(move || files.iter().try_for_each(|file| layout::sync(file)));
+            synced.await.map_err(|error| Error::new(ErrorKind::Io, "writing to disk failed").caused_by(error))??;
+        }
+        layout::rename(&partial, &self.file(state))?;
+        if self.config.durable {
+            layout::sync(&self.dir)?;
+        }
+        Ok(())
+    }
+
+    /// Lets a guest go on that was to be saved.
+    async fn call_off(&self, qmp: &mut Qmp) -> Result<()> {
+        // Memory that a guest goes on with fits nothing that was saved.
+        let saved = [STATE_PARTIAL, STATE, STATE_FULL].map(|file| self.file(file));
+        saved.iter().try_for_each(|file| layout::remove(file))?;
+        if self.config.durable {
+            layout::sync(&self.dir)?;
+        }
+        qmp.cont().await
+    }
+
+    /// Tells a guest that it is not suspended after all. It runs: one that is too busy to hear that now hears it later.
+    async fn thaw(&mut self) {
+        let line = self.line.clone();
+        let told = tokio::spawn(async move { line.thaw(HEARS).await });
+        self.thawing = Some(told.abort_handle());
+        let _ = timeout(AGENT_ANSWERS, told).await;
+    }
+}
