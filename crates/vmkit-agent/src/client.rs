@@ -22,7 +22,7 @@ use crate::link::{Handshake, Kind, Link, VERSION};
 use crate::mux::{Opener, Stream, session};
 use crate::protocol::{self, Failure, Header, Renew, Reply, Request, Which};
 
-pub use crate::protocol::{Bind, ExecRequest, Exit, Fork};
+pub use crate::protocol::{Bind, ExecRequest, Exit, Fork, Prepare};
 pub use exec::{Exec, ExecControl, ExecReader, ExecStdin};
 
 /// How wrong a guest's clock may be when it goes on, nanoseconds: the time that its answer takes looks like it.
@@ -256,8 +256,8 @@ impl Client {
     ///
     /// # Errors
     /// [`AgentError::Closed`] when the connection is gone.
-    pub async fn prepare(&self) -> Result<(), AgentError> {
-        self.done(&Request::Prepare).await
+    pub async fn prepare(&self, guest: Prepare) -> Result<(), AgentError> {
+        self.done(&Request::Prepare(guest)).await
     }
 
     /// Tells the agent that the machine is about to be suspended, or that this was called off: commands that run survive the

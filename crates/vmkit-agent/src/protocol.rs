@@ -26,13 +26,21 @@ pub enum Request {
     Shutdown,
     /// Others will go on from what is saved next: get ready for that what takes time, and write to the disks what was not written
     /// yet.
-    Prepare,
+    Prepare(Prepare),
     /// Set the clock to this, nanoseconds since 1970.
     Clock(u64),
     /// The machine is about to be suspended (or that was called off): what runs is to survive the loss of its session.
     Freeze(bool),
     /// A machine that was made ahead of time gets what it is to be.
     Bind(Bind),
+}
+
+/// What a guest is like that others will go on from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// Nobody waits for it and nothing runs in it: what it would do in its first second can be waited for, so that none of those
+    /// who go on from it have to do it.
+    pub rests: bool,
 }
 
 /// What a guest that goes on from a saved execution cannot know. Said with the first handshake, and answered with its answer: a
@@ -54,8 +62,8 @@ pub struct Fork {
     pub hostname: String,
     /// Its machine id.
     pub machine_id: [u8; 16],
-    /// Its kernel's name of this boot may have been read before the execution was saved: from then on a kernel keeps it.
-    pub boot_id: bool,
+    /// Its name of this boot: the kernel's may have been read before the execution was saved, and from then on a kernel keeps it.
+    pub boot_id: [u8; 16],
 }
 
 /// A seed is a secret.

@@ -53,8 +53,15 @@ fn write(root: &Path, id: [u8; 16]) -> io::Result<()> {
 }
 
 fn text(id: [u8; 16]) -> [u8; LENGTH] {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = [b'\n'; LENGTH];
+    text[..32].copy_from_slice(&digits(id));
+    text
+}
+
+/// In hexadecimal.
+pub(super) fn digits(id: [u8; 16]) -> [u8; 32] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut text = [0; 32];
     for (digits, byte) in text.chunks_exact_mut(2).zip(id) {
         digits[0] = DIGITS[usize::from(byte >> 4)];
         digits[1] = DIGITS[usize::from(byte & 15)];

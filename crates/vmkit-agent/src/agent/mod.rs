@@ -8,7 +8,9 @@ mod port;
 mod procs;
 mod reaper;
 mod renew;
+mod rest;
 mod shutdown;
+mod spare;
 mod spawn;
 mod users;
 mod vfork;
@@ -26,7 +28,7 @@ use yamux::Mode;
 
 use crate::link::{Handshake, Kind, Link, VERSION};
 use crate::mux::{Opener, Stream, session};
-use crate::protocol::{self, ExecRequest, Failure, Renew, Reply, Request};
+use crate::protocol::{self, ExecRequest, Failure, Prepare, Renew, Reply, Request};
 
 pub use init::{Init, give_up, init};
 pub use port::{NAME as PORT_NAME, Port, ports};
@@ -46,6 +48,7 @@ pub struct Agent(Arc<Inner>);
 
 struct Inner {
     reaper: reaper::Reaper,
+    spares: spare::Spares,
     /// Every command that runs, of every session: a suspend freezes them all.
     running: exec::Running,
     /// What every command's environment has beside the agent's own.
@@ -77,6 +80,7 @@ impl Agent {
     pub fn new() -> io::Result<Agent> {
         Ok(Agent(Arc::new(Inner {
             reaper: reaper::Reaper::start()?,
+            spares: spare::Spares::default(),
             running: exec::Running::default(),
             env: Mutex::default(),
             left: Mutex::default(),
@@ -262,17 +266,20 @@ impl Session {
                 Ok(()) => answer(&mut stream, &Reply::Done).await,
                 Err((failure, message)) => answer(&mut stream, &Reply::Failed(failure, message)).await,
             },
-            Request::Prepare => {
+            Request::Prepare(Prepare { rests }) => {
                 self.agent.0.prepares.notify_one();
                 // Not while others are made of what is on its disk: whoever has it prepared tells it when that is over.
                 lock(&self.agent.0.settles).take().iter().for_each(AbortHandle::abort);
                 let inner = self.agent.0.clone();
                 // It may take long, and others are served meanwhile.
                 let _ = tokio::task::spawn_blocking(move || {
-                    renew::prepare(&inner);
+                    renew::prepare(&inner, rests);
                     rustix::fs::sync();
                 })
                 .await;
+                if rests {
+                    rest::rest(&self.agent.0).await;
+                }
                 answer(&mut stream, &Reply::Done).await;
             }
             Request::Clock(now) => match renew::set_clock(now) {
@@ -281,6 +288,7 @@ impl Session {
             },
             Request::Shutdown => {
                 renew::settle(&self.agent.0);
+                self.agent.0.spares.stop();
                 answer(&mut stream, &Reply::Done).await;
                 tokio::spawn(shutdown::shutdown());
             }
@@ -299,18 +307,18 @@ impl Session {
             stream
         });
         let bound = lock(&self.agent.0.env).clone();
-        match spawn::spawn(&request, &bound, &self.agent.0.reaper) {
+        // The session's own handles are let go: only what its end is to end may hold it.
+        let Session { agent, opener, stdins, holds } = self;
+        match spawn::spawn(&request, &bound, &agent.0) {
             Ok(process) => {
-                // The session's own handles are let go: only what its end is to end may hold it.
-                let Session { opener, stdins, holds, .. } = self;
                 exec::run(exec::Exec { id, process, control, opener, slot, holds, stdin, whole }).await;
-                lock(&stdins).remove(&id);
             }
-            Err((failure, message)) => {
-                lock(&self.stdins).remove(&id);
-                answer(&mut control, &Reply::Failed(failure, message)).await;
-            }
+            Err((failure, message)) => answer(&mut control, &Reply::Failed(failure, message)).await,
         }
+        lock(&stdins).remove(&id);
+        // What was said is sent first.
+        tokio::task::yield_now().await;
+        agent.0.spares.make_soon();
     }
 }
 

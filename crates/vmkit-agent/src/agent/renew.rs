@@ -1,9 +1,9 @@
 //! A guest that goes on from a saved execution: its clock stood still, its random numbers may have been used before, and when the
 //! execution was another's, so was everything that tells one guest from another.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,23 +32,33 @@ pub(super) struct Prepared {
     pool: File,
     /// The machine id, if the system has one; an error where only the file itself can be written.
     id: io::Result<Option<MachineId>>,
+    /// What programs see as the kernel's name of this boot; absent where nothing can be put over the kernel's own.
+    boot_id: Option<File>,
     /// Whether there are host keys to be renewed.
     keys: bool,
     /// Whether there are hooks to be executed.
     hooks: bool,
 }
 
-/// Gets ready for being saved as what others go on from.
-pub(super) fn prepare(agent: &Inner) {
+/// Gets ready for being saved as what others go on from. With `rests` it will not go on itself.
+pub(super) fn prepare(agent: &Inner, rests: bool) {
     let Ok(pool) = pool() else { return };
     let mut prepared = lock(&agent.prepared);
-    let id = match prepared.take() {
+    let (id, boot_id) = match prepared.take() {
         // It has been somebody of its own since.
-        Some(Prepared { id: Ok(id), .. }) => id.as_ref().map_or(Ok(()), MachineId::clear).map(|()| id),
-        _ => MachineId::prepare(),
+        Some(Prepared { id: Ok(id), boot_id, .. }) => {
+            (id.as_ref().map_or(Ok(()), MachineId::clear).map(|()| id), boot_id)
+        }
+        Some(Prepared { boot_id, .. }) => (MachineId::prepare(), boot_id),
+        None => (MachineId::prepare(), None),
     };
+    let boot_id = boot_id.or_else(|| {
+        // Unless it was read, each kernel will have one of its own, also where nothing lies over it.
+        let now = if rests { Ok(uuid([0; 16])) } else { fs::read(BOOT_ID) };
+        cover_boot_id(&now.ok()?).ok()
+    });
     let (keys, hooks) = (!host_keys(Path::new(SSH)).is_empty(), !hooks(Path::new(HOOKS)).is_empty());
-    *prepared = Some(Prepared { pool, id, keys, hooks });
+    *prepared = Some(Prepared { pool, id, boot_id, keys, hooks });
 }
 
 /// Writes down for good what was only noted.
@@ -95,16 +105,25 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     rustix::system::sethostname(fork.hostname.as_bytes())
         .map_err(|error| format!("the guest could not be named {:?}: {error}", fork.hostname))?;
     what.push("hostname".into());
-    let (renewed, keys, hooks) = match &*lock(&agent.prepared) {
-        Some(Prepared { id: Ok(id), keys, hooks, .. }) => {
-            (id.as_ref().map_or(Ok(false), |id| id.renew(fork.machine_id)), *keys, *hooks)
-        }
-        _ => (machine_id::renew(Path::new("/"), fork.machine_id), true, true),
+    let (renewed, boot_id, keys, hooks) = match &*lock(&agent.prepared) {
+        Some(Prepared { id: Ok(id), boot_id, keys, hooks, .. }) => (
+            id.as_ref().map_or(Ok(false), |id| id.renew(fork.machine_id)),
+            boot_id.as_ref().map(|file| renew_boot_id(file, fork.boot_id)),
+            *keys,
+            *hooks,
+        ),
+        _ => (
+            machine_id::renew(Path::new("/"), fork.machine_id),
+            cover_boot_id(&uuid(fork.boot_id)).ok().map(|_| Ok(())),
+            true,
+            true,
+        ),
     };
     if renewed.map_err(|error| format!("the guest could not renew its machine id: {error}"))? {
         what.push("machine-id".into());
     }
-    if fork.boot_id && renew_boot_id().is_ok() {
+    if let Some(renewed) = boot_id {
+        renewed.map_err(|error| format!("the guest could not renew its boot id: {error}"))?;
         what.push("boot-id".into());
     }
     let keys = if keys { host_keys(Path::new(SSH)) } else { Vec::new() };
@@ -146,12 +165,35 @@ fn draw_anew(pool: &File) -> rustix::io::Result<()> {
     unsafe { rustix::ioctl::ioctl(pool, NoArg::<RESEED>::new()) }
 }
 
-/// The kernel keeps the one that was read first; another is put over it.
-fn renew_boot_id() -> io::Result<()> {
+/// The kernel keeps the one that was read first: a file in memory is put over it.
+fn cover_boot_id(now: &[u8]) -> io::Result<File> {
     let own = Path::new("/run/vmkit/boot_id");
     fs::create_dir_all("/run/vmkit")?;
-    fs::write(own, fs::read("/proc/sys/kernel/random/uuid")?)?;
-    Ok(mount_bind(own, BOOT_ID)?)
+    fs::write(own, now)?;
+    // It belongs to nobody but the kernel, as what it lies over.
+    fs::set_permissions(own, Permissions::from_mode(0o444))?;
+    let file = File::options().write(true).open(own)?;
+    mount_bind(own, BOOT_ID)?;
+    Ok(file)
+}
+
+fn renew_boot_id(file: &File, id: [u8; 16]) -> io::Result<()> {
+    file.write_all_at(&uuid(id), 0)
+}
+
+/// As the kernel writes one, with its line's end: random, of version 4.
+fn uuid(mut id: [u8; 16]) -> Vec<u8> {
+    id[6] = id[6] & 0x0F | 0x40;
+    id[8] = id[8] & 0x3F | 0x80;
+    let mut text = Vec::with_capacity(37);
+    for (place, digit) in machine_id::digits(id).into_iter().enumerate() {
+        if matches!(place, 8 | 12 | 16 | 20) {
+            text.push(b'-');
+        }
+        text.push(digit);
+    }
+    text.push(b'\n');
+    text
 }
 
 /// Kind and path of every host key.
@@ -204,8 +246,7 @@ fn hooks(dir: &Path) -> Vec<PathBuf> {
 async fn execute(program: &str, args: &[&str], agent: &Inner) -> Result<(), String> {
     let args = args.iter().map(|&arg| arg.to_owned()).collect();
     let request = ExecRequest { program: program.to_owned(), args, ..ExecRequest::default() };
-    let process =
-        spawn::spawn(&request, &[], &agent.reaper).map_err(|(_, message)| format!("did not start: {message}"))?;
+    let process = spawn::spawn(&request, &[], agent).map_err(|(_, message)| format!("did not start: {message}"))?;
     match tokio::time::timeout(PATIENCE, process.exit).await {
         Ok(Ok(Exit::Code(0))) => Ok(()),
         Ok(Ok(Exit::Code(code))) => Err(format!("ended with exit code {code}")),
@@ -221,6 +262,15 @@ async fn execute(program: &str, args: &[&str], agent: &Inner) -> Result<(), Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_boot_id_is_written_as_the_kernel_writes_it() {
+        let text = String::from_utf8(uuid([0xFF; 16])).unwrap();
+        assert_eq!(text, "ffffffff-ffff-4fff-bfff-ffffffffffff\n");
+        let kernels = fs::read_to_string(BOOT_ID).unwrap();
+        let shape = |text: &str| text.chars().map(|c| if c.is_ascii_hexdigit() { 'x' } else { c }).collect::<String>();
+        assert_eq!(shape(&text), shape(&kernels));
+    }
 
     #[test]
     fn keys_and_hooks_are_found_in_order() {

@@ -3,7 +3,7 @@
 use std::ffi::{CString, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Pid, Uid};
 use tokio::sync::oneshot;
 
-use super::reaper::Reaper;
+use super::Inner;
 use super::users::{self, User};
 use super::vfork::{self, Step};
 use crate::protocol::{ExecRequest, Exit, Failure};
@@ -35,7 +35,7 @@ pub(super) struct Process {
 pub(super) fn spawn(
     request: &ExecRequest,
     bound: &[(String, String)],
-    reaper: &Reaper,
+    agent: &Inner,
 ) -> Result<Process, (Failure, String)> {
     let user = match &request.user {
         Some(wanted) => Some(users::find(wanted).map_err(|message| (Failure::NoUser, message))?),
@@ -47,28 +47,50 @@ pub(super) fn spawn(
 
     let other =
         |error: io::Error| (Failure::Other, format!("the guest could not start {:?}: {error}", request.program));
-    let (stdin, our_stdin) = input(request.stdin).map_err(other)?;
-    let (stdout, our_stdout) = output(request.stdout).map_err(other)?;
-    let (stderr, our_stderr) = output(request.stderr).map_err(other)?;
     let plan = vfork::Plan {
         program: &text(program.into_os_string().into_vec(), "the program's name")?,
         args: &strings([&request.program].into_iter().chain(&request.args).map(|arg| arg.clone().into_bytes()))?,
         env: &strings(env.into_iter().map(|(key, value)| [key.into_vec(), value.into_vec()].join(&b'=')))?,
         cwd: &text(cwd.as_bytes().to_vec(), "the directory's name")?,
-        streams: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
         user: user.map(|user| vfork::Identity {
             uid: Uid::from_raw(user.uid),
             gid: Gid::from_raw(user.gid),
             groups: user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect(),
         }),
     };
-    let pid = vfork::start(&plan).map_err(|(step, errno)| match step {
+    let connected = [request.stdin, request.stdout, request.stderr];
+    let started = match agent.spares.take() {
+        Some(spare) => spare.execute(&plan, connected),
+        None => start(&plan, connected),
+    };
+    let Started { pid, stdin, outputs } = started.map_err(|(step, errno)| match step {
         Step::Directory => (Failure::NoDirectory, format!("the guest has no directory {cwd:?}: {errno}")),
         Step::Execute => not_started(&request.program, Path::new(cwd), errno),
         Step::Fork | Step::Streams | Step::User => other(errno.into()),
     })?;
-    let exit = reaper.watch(pid);
-    Ok(Process { pid, stdin: our_stdin, outputs: [our_stdout, our_stderr], exit })
+    let exit = agent.reaper.watch(pid);
+    Ok(Process { pid, stdin, outputs, exit })
+}
+
+/// A process whose end nobody waits for yet.
+pub(super) struct Started {
+    pub pid: Pid,
+    pub stdin: Option<OwnedFd>,
+    pub outputs: [Option<OwnedFd>; 2],
+}
+
+/// Makes a process for it.
+fn start(plan: &vfork::Plan<'_>, [stdin, stdout, stderr]: [bool; 3]) -> Result<Started, (Step, Errno)> {
+    let stream = |connect: bool, pipe: fn() -> io::Result<(OwnedFd, OwnedFd)>| {
+        let ends =
+            if connect { pipe().map(|(theirs, ours)| (theirs, Some(ours))) } else { null().map(|it| (it, None)) };
+        ends.map_err(|error| (Step::Streams, Errno::from_io_error(&error).unwrap_or(Errno::INVAL)))
+    };
+    let (stdin, our_stdin) = stream(stdin, input_pipe)?;
+    let (stdout, our_stdout) = stream(stdout, output_pipe)?;
+    let (stderr, our_stderr) = stream(stderr, output_pipe)?;
+    let pid = vfork::start(plan, [&stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd))?;
+    Ok(Started { pid, stdin: our_stdin, outputs: [our_stdout, our_stderr] })
 }
 
 /// The kernel's strings end at their first zero: one in the middle would be another string.
@@ -80,28 +102,22 @@ fn strings(list: impl Iterator<Item = Vec<u8>>) -> Result<Vec<CString>, (Failure
     list.map(|bytes| text(bytes, "an argument or a variable")).collect()
 }
 
-fn null() -> io::Result<OwnedFd> {
+pub(super) fn null() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Their end and ours.
-fn input(connect: bool) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
-    if !connect {
-        return Ok((null()?, None));
-    }
+pub(super) fn input_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
     fcntl_setfl(&ours, OFlags::NONBLOCK)?;
-    Ok((theirs, Some(ours)))
+    Ok((theirs, ours))
 }
 
 /// Their end and ours.
-fn output(connect: bool) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
-    if !connect {
-        return Ok((null()?, None));
-    }
+pub(super) fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
     fcntl_setfl(&ours, OFlags::NONBLOCK)?;
-    Ok((theirs, Some(ours)))
+    Ok((theirs, ours))
 }
 
 fn environment(request: &ExecRequest, bound: &[(String, String)], user: Option<&User>) -> Vec<(OsString, OsString)> {

@@ -116,7 +116,7 @@ impl QemuDriver {
         let who = Fork {
             hostname: self.id.to_string(),
             machine_id: vmkit_agent::client::nonce(),
-            boot_id: !template.info.warm.is_empty() || template.info.copy_of.is_some(),
+            boot_id: vmkit_agent::client::nonce(),
         };
         let line = self.line.clone();
         let goes_on = async {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 use vmkit::{Action, Driver, Error, ErrorKind, Id, Result, Snapshot, Spec};
-use vmkit_agent::client::Client;
+use vmkit_agent::client::{Client, Prepare};
 
 use super::args::{BASE, Begin, OVERLAY};
 use super::driver::QemuDriver;
@@ -168,7 +168,7 @@ impl QemuDriver {
     /// Returns since when the guest stands still.
     async fn save_to(&self, qmp: &mut Qmp, draft: &Path) -> Result<Instant> {
         // What is renewed in copies is opened, nobody boots with its machine id, and what it wrote is on its disk.
-        let ready = async { self.line.client().await?.prepare().await.map_err(translate) };
+        let ready = async { self.line.client().await?.prepare(Prepare { rests: false }).await.map_err(translate) };
         timeout(PREPARES, ready).await.map_err(|_| {
             Error::new(ErrorKind::Agent, format!("the guest did not write its data to its disk within {PREPARES:?}"))
         })??;

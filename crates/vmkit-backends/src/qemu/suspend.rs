@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::warn;
 use vmkit::{Driver, Error, ErrorKind, Result};
+use vmkit_agent::client::Prepare;
 
 use super::driver::{AGENT_ANSWERS, QemuDriver, TemplateUse};
 use super::layout::{self, DISK, MEMORY, QMP, STATE, STATE_FULL, STATE_PARTIAL};
@@ -16,14 +17,18 @@ use super::qmp::{Memory, Qmp};
 /// How long a busy guest may take to hear that it is not suspended after all.
 const HEARS: Duration = Duration::from_secs(300);
 
+/// How long a guest that is to become a template is left alone before it is saved.
+const RESTS: Duration = Duration::from_millis(200);
+
 impl QemuDriver {
     /// Suspends the machine: told, saved, ended.
     pub(super) async fn save_and_end(&mut self) -> Result<()> {
         // Nobody tells it otherwise from here on.
         self.thawing.take().iter().for_each(AbortHandle::abort);
-        if matches!(self.templates, TemplateUse::Make) {
+        let template = matches!(self.templates, TemplateUse::Make);
+        if template {
             // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
-            self.line.client().await?.prepare().await.map_err(translate)?;
+            self.line.client().await?.prepare(Prepare { rests: true }).await.map_err(translate)?;
         }
         let memory = self.saved_memory();
         // First of all: a session that has ended is not begun again for a QEMU that does not answer.
@@ -42,6 +47,10 @@ impl QemuDriver {
                 return Err(error);
             }
         };
+        if template {
+            // What the end of its session takes, and what its kernel does a moment later, is no work for those who go on from it.
+            sleep(RESTS).await;
+        }
         if let Err(error) = self.save(&mut qmp, memory).await {
             // Its line is needed.
             drop(left);

@@ -1,0 +1,275 @@
+//! A process that is made before anybody asks for one: it has its streams, and waits to be told what to execute.
+//!
+//! Making a process and its pipes is a tenth of what the first command costs a guest under emulation that goes on from a saved
+//! execution. One that was saved with a spare has it when it goes on; others get one when nothing else is to be done.
+//!
+//! ```text
+//!  agent ── clone ─▶ spare: streams, group, signals ─▶ waits ─▶ execute ─▶ the program
+//!        ◀─ ready ─┘                                    ▲          │
+//!        ── order ──────────────────────────────────────┘          │
+//!        ◀─ the kernel: it has left the agent's memory ────────────┘
+//! ```
+//!
+//! The child runs in the agent's memory, which includes the number of the last error: from when it is ready until it has its
+//! order, it makes no call that writes there. Before and after, the agent stands still and waits for it.
+
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::thread::futex;
+use rustix::time::Timespec;
+use tokio::time::sleep;
+
+use super::spawn::Started;
+use super::vfork::{self, Order, Plan, Step};
+use super::{lock, spawn};
+
+/// How long the agent does nothing before it makes one: whoever asks next is answered first.
+const REST: Duration = Duration::from_millis(20);
+/// How long a new one may take to be ready. It is worth no more.
+const READY: Duration = Duration::from_secs(2);
+/// How long it may take to execute before it is looked at: somebody may have stopped it.
+const LOOKS: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+
+/// What a spare is about, as both sides know it.
+const MADE: u32 = 0;
+const WAITS: u32 = 1;
+const ORDERED: u32 = 2;
+const FAILED: u32 = 3;
+
+/// The descriptor of a spare's own end of what may become its standard input.
+const INPUT: RawFd = 3;
+
+/// The agent's spare, if it has one.
+#[derive(Clone, Default)]
+pub(super) struct Spares(Arc<Mutex<State>>);
+
+#[derive(Default)]
+enum State {
+    #[default]
+    None,
+    /// It is about to be made.
+    Soon,
+    Made(Spare),
+    /// There will be none any more.
+    Never,
+}
+
+impl Spares {
+    /// The spare, if there is one and it lives.
+    pub(super) fn take(&self) -> Option<Spare> {
+        let mut state = lock(&self.0);
+        match std::mem::take(&mut *state) {
+            State::Made(spare) => Some(spare).filter(Spare::is_there),
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+
+    /// Makes one, unless there is one.
+    pub(super) fn make(&self) {
+        let mut state = lock(&self.0);
+        let missing = match &*state {
+            State::None | State::Soon => true,
+            State::Made(spare) => !spare.is_there(),
+            State::Never => false,
+        };
+        if missing {
+            // Without one everything goes on as well.
+            *state = Spare::make().map_or(State::None, State::Made);
+        }
+    }
+
+    /// Makes one in a moment, unless there is one by then.
+    pub(super) fn make_soon(&self) {
+        let mut state = lock(&self.0);
+        if matches!(&*state, State::None) {
+            *state = State::Soon;
+            let own = self.clone();
+            tokio::spawn(async move {
+                sleep(REST).await;
+                own.make();
+            });
+        }
+    }
+
+    /// From now on there is none.
+    pub(super) fn stop(&self) {
+        *lock(&self.0) = State::Never;
+    }
+}
+
+/// A process that waits for its order.
+pub(super) struct Spare {
+    pid: Pid,
+    cell: Box<Cell>,
+    /// Where it runs, until it has left the agent's memory.
+    _stack: Vec<u128>,
+    /// The agent's ends of what are to be its streams; they do not block.
+    stdin: Option<OwnedFd>,
+    outputs: [Option<OwnedFd>; 2],
+}
+
+/// What agent and child both see.
+struct Cell {
+    /// One of the states above.
+    state: AtomicU32,
+    /// Not zero for as long as the child is in the agent's memory: the kernel sees to that, whatever becomes of the child.
+    inside: AtomicU32,
+    order: AtomicPtr<Order<'static>>,
+    /// Which of its streams it is to have.
+    connected: [AtomicBool; 3],
+    /// Its ends of nothing, its outputs, and its input.
+    ends: [RawFd; 4],
+    /// It ends with the agent. Process 1 has no end.
+    mortal: bool,
+}
+
+impl Spare {
+    #[expect(unsafe_code, reason = "the standard library has no such fork")]
+    fn make() -> io::Result<Spare> {
+        let (their_in, stdin) = spawn::input_pipe()?;
+        let (their_out, out) = spawn::output_pipe()?;
+        let (their_err, err) = spawn::output_pipe()?;
+        let nothing = spawn::null()?;
+        let cell = Box::new(Cell {
+            state: AtomicU32::new(MADE),
+            inside: AtomicU32::new(1),
+            order: AtomicPtr::default(),
+            connected: Default::default(),
+            ends: [&nothing, &their_out, &their_err, &their_in].map(AsRawFd::as_raw_fd),
+            mortal: std::process::id() != 1,
+        });
+        let mut stack = vfork::stack();
+        let flags = libc::CLONE_VM | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
+        // SAFETY: the child runs `live` on a stack of its own, aligned and larger than it needs. Both that and the cell stay where
+        // they are until the kernel has cleared `inside`, which it does when the child executes or ends: see `Drop`.
+        let pid = vfork::cloned(|| unsafe {
+            let top = stack.as_mut_ptr().add(stack.capacity()).cast::<c_void>();
+            let shared = ptr::from_ref(&*cell).cast_mut().cast::<c_void>();
+            let inside = cell.inside.as_ptr();
+            libc::clone(live, top, flags, shared, ptr::null_mut::<c_int>(), ptr::null_mut::<c_void>(), inside)
+        })?;
+        let spare = Spare { pid, cell, _stack: stack, stdin: Some(stdin), outputs: [Some(out), Some(err)] };
+        let until = Instant::now() + READY;
+        let state = || spare.cell.state.load(Ordering::Acquire);
+        while state() == MADE && spare.is_there() && Instant::now() < until {
+            let _ = futex::wait(&spare.cell.state, futex::Flags::PRIVATE, MADE, Some(&LOOKS));
+        }
+        // From here on its ends are its own: else none of them would ever be seen to end.
+        if state() == WAITS { Ok(spare) } else { Err(io::Error::other("it did not get ready")) }
+    }
+
+    fn is_there(&self) -> bool {
+        self.cell.inside.load(Ordering::Acquire) != 0
+    }
+
+    /// Becomes the program, with those of its streams that are to be connected. Returns when it has begun, or with what was
+    /// refused; then there is no process.
+    pub(super) fn execute(mut self, plan: &Plan<'_>, connected: [bool; 3]) -> Result<Started, (Step, Errno)> {
+        let order = Order::new(plan);
+        for (stream, connect) in self.cell.connected.iter().zip(connected) {
+            stream.store(connect, Ordering::Relaxed);
+        }
+        // For as long as it is used, this function does not return: see `leaves`.
+        self.cell.order.store(ptr::from_ref(&order).cast_mut().cast(), Ordering::Relaxed);
+        self.cell.state.store(ORDERED, Ordering::Release);
+        let _ = futex::wake(&self.cell.state, futex::Flags::PRIVATE, 1);
+        self.leaves(Signal::CONT);
+        let pid = order.outcome(self.pid)?;
+        let [stdout, stderr] = &mut self.outputs;
+        Ok(Started {
+            pid,
+            stdin: self.stdin.take().filter(|_| connected[0]),
+            outputs: [stdout.take().filter(|_| connected[1]), stderr.take().filter(|_| connected[2])],
+        })
+    }
+
+    /// Returns when it has left the agent's memory; as long as it has not, it is signalled.
+    fn leaves(&self, signal: Signal) {
+        while self.is_there() {
+            // The kernel's own wake-up, which is for all processes.
+            let waited = futex::wait(&self.cell.inside, futex::Flags::empty(), 1, Some(&LOOKS));
+            if waited == Err(Errno::TIMEDOUT) && self.is_there() {
+                let _ = kill_process(self.pid, signal);
+            }
+        }
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        if self.is_there() {
+            let _ = kill_process(self.pid, Signal::KILL);
+            self.leaves(Signal::KILL);
+        }
+    }
+}
+
+/// The child, from its first moment to its program. As one of [`vfork`], it is a guest in its parent's memory.
+#[expect(unsafe_code, reason = "called by the kernel, as it were")]
+extern "C" fn live(cell: *mut c_void) -> c_int {
+    // SAFETY: `make` passes a `Cell` that lies still until this process has left the agent's memory.
+    let cell = unsafe { &*cell.cast::<Cell>() };
+    let ready = cell.get_ready();
+    cell.state.store(if ready.is_ok() { WAITS } else { FAILED }, Ordering::Release);
+    let _ = futex::wake(&cell.state, futex::Flags::PRIVATE, 1);
+    if ready.is_err() {
+        vfork::end();
+    }
+    while cell.state.load(Ordering::Acquire) != ORDERED {
+        let _ = futex::wait(&cell.state, futex::Flags::PRIVATE, WAITS, None);
+    }
+    // SAFETY: `execute` gave it, and does not return before this process has left the agent's memory.
+    let order = unsafe { &*cell.order.load(Ordering::Relaxed) };
+    match cell.connect() {
+        Ok(()) => order.execute(),
+        Err(errno) => order.refuse(Step::Streams, errno),
+    }
+}
+
+impl Cell {
+    /// In the child, while the agent stands still.
+    #[expect(unsafe_code, reason = "the libraries that we use have no such calls")]
+    fn get_ready(&self) -> Result<(), (Step, Errno)> {
+        let [nothing, out, err, input] = self.ends;
+        vfork::get_ready([nothing, out, err])?;
+        let done = |result| if result < 0 { Err((Step::Streams, vfork::last_errno())) } else { Ok(()) };
+        if input != INPUT {
+            // SAFETY: in a table of descriptors of its own.
+            done(unsafe { libc::dup3(input, INPUT, libc::O_CLOEXEC) })?;
+        }
+        // What the agent has open is not to stay open for its sake.
+        // SAFETY: as above; the number is the one after the last that is needed.
+        done(unsafe { libc::syscall(libc::SYS_close_range, INPUT + 1, c_int::MAX, 0) } as c_int)?;
+        if self.mortal {
+            set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| (Step::Fork, errno))?;
+        }
+        // For whoever looks at the guest's processes.
+        rustix::thread::set_name(c"vmkit-spare").map_err(|errno| (Step::Fork, errno))
+    }
+
+    /// In the child, which has its order.
+    fn connect(&self) -> Result<(), Errno> {
+        if self.mortal {
+            set_parent_process_death_signal(None)?;
+        }
+        let [stdin, stdout, stderr] = &self.connected;
+        // Nothing is at 0 until then.
+        for (stream, from, to, when) in [(stdout, 0, 1, false), (stderr, 0, 2, false), (stdin, INPUT, 0, true)] {
+            if stream.load(Ordering::Relaxed) == when && vfork::dup2(from, to) < 0 {
+                return Err(vfork::last_errno());
+            }
+        }
+        Ok(())
+    }
+}
