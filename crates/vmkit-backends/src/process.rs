@@ -142,7 +142,9 @@ pub fn usage(pid: u32) -> Option<Usage> {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
             line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
         };
-        field("Private_Dirty:") * 1024
+        // What is "dirty" includes pages of files that nobody else looks at now and that were not written to disk yet: the kernel
+        // takes those back.
+        field("Anonymous:") * 1024
     });
     Some(Usage { cpu: Duration::from_millis(stat.cpu_ticks * 1000 / ticks), private })
 }
