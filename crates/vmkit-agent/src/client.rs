@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use yamux::Mode;
 
@@ -181,10 +181,10 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (drive, opener, inbound) = session(link.clone(), Mode::Client);
         let waiting = Waiting::default();
+        let arrivals = Arrivals(waiting.clone());
+        let (drive, opener) = session(link.clone(), Mode::Client, |_| move |stream| arrivals.hand_over(stream));
         let driver = tokio::spawn(drive);
-        tokio::spawn(dispatch(inbound, waiting.clone()));
         let same = link.clone();
         // Every answer to a greeting was read before this session: whoever begins now is another.
         let rebooted = Box::new(move || same.began_anew());
@@ -371,9 +371,11 @@ impl std::fmt::Debug for Client {
 }
 
 /// Gives the streams that the agent opens to whoever waits for them.
-async fn dispatch(mut inbound: mpsc::UnboundedReceiver<Stream>, waiting: Waiting) {
-    while let Some(mut stream) = inbound.recv().await {
-        let waiting = waiting.clone();
+struct Arrivals(Waiting);
+
+impl Arrivals {
+    fn hand_over(&self, mut stream: Stream) {
+        let waiting = self.0.clone();
         tokio::spawn(async move {
             if let Ok(Some(Header { id, which })) = protocol::read(&mut stream).await
                 && let Some(reader) = lock(&waiting).remove(&(id, which))
@@ -382,8 +384,13 @@ async fn dispatch(mut inbound: mpsc::UnboundedReceiver<Stream>, waiting: Waiting
             }
         });
     }
-    // The session is over: nothing will arrive any more.
-    lock(&waiting).clear();
+}
+
+impl Drop for Arrivals {
+    /// The session is over: nothing will arrive any more.
+    fn drop(&mut self) {
+        lock(&self.0).clear();
+    }
 }
 
 /// Reads a command's control stream to its end.

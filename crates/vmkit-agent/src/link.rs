@@ -264,6 +264,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         .await;
     }
 
+    /// Returns when the other side has said something that was not read yet: false at the end of the line.
+    pub(crate) async fn heard(&self) -> io::Result<bool> {
+        Ok(std::future::poll_fn(|cx| self.lock().poll_fill(cx)).await? > 0)
+    }
+
     /// The next handshake frame, whatever comes before it; `None` at the end of the line.
     pub(crate) async fn next_handshake(&self) -> io::Result<Option<Handshake>> {
         let mut skip = vec![0; 4096];

@@ -42,13 +42,16 @@ impl Opener {
     }
 }
 
-/// A session: what to drive, how to open streams, and the streams that the other side opens.
-pub(crate) fn session<S>(
+/// A session: what to drive, and how to open streams. Those that the other side opens go to `arrived`, which is dropped when the
+/// session is over.
+pub(crate) fn session<S, F>(
     link: Link<S>,
     mode: Mode,
-) -> (impl Future<Output = ()> + Send, Opener, mpsc::UnboundedReceiver<Stream>)
+    arrived: impl FnOnce(Opener) -> F,
+) -> (impl Future<Output = ()> + Send, Opener)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: FnMut(Stream) + Send + 'static,
 {
     let mut config = Config::default();
     config.set_max_connection_receive_window(None);
@@ -56,7 +59,8 @@ where
     config.set_max_connection_receive_window(Some(STREAMS * WINDOW));
     let mut connection = Connection::new(link.clone(), config, mode);
     let (open, mut opens) = mpsc::unbounded_channel::<oneshot::Sender<Stream>>();
-    let (arrived, inbound) = mpsc::unbounded_channel();
+    let opener = Opener(open);
+    let mut arrived = arrived(opener.clone());
     let drive = async move {
         let mut next: Option<oneshot::Sender<Stream>> = None;
         let mut openers = true;
@@ -84,7 +88,7 @@ where
                 }
                 match connection.poll_next_inbound(cx) {
                     Poll::Ready(Some(Ok(stream))) => {
-                        let _ = arrived.send(stream.compat());
+                        arrived(stream.compat());
                         continue;
                     }
                     Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
@@ -100,5 +104,5 @@ where
         })
         .await;
     };
-    (drive, Opener(open), inbound)
+    (drive, opener)
 }

@@ -20,6 +20,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::future::abortable;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -109,7 +110,16 @@ impl Agent {
         let up = Handshake { kind: Kind::Up, version: VERSION, nonce: [0; 16], payload: Vec::new() };
         let mut unsaid = kind == Line::Lasting;
         let mut session: Option<Live> = None;
+        let mut begins = false;
         loop {
+            if std::mem::take(&mut begins) {
+                // Nothing is set up before its host says something: a machine that is ready may wait for that for long.
+                match (link.heard().await?, kind) {
+                    (true, _) => session = Some(self.begin(link.clone())),
+                    (false, Line::Once) => return Ok(()),
+                    (false, Line::Lasting) => continue,
+                }
+            }
             if let Some(live) = &mut session {
                 tokio::select! {
                     biased;
@@ -157,7 +167,7 @@ impl Agent {
             let payload = if hello.version == VERSION { self.told(&hello.payload).await } else { Vec::new() };
             link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce, payload }).await?;
             match hello.kind {
-                Kind::Hello if hello.version == VERSION => session = Some(self.begin(link.clone())),
+                Kind::Hello if hello.version == VERSION => begins = true,
                 _ => end(session.take()).await,
             }
         }
@@ -193,25 +203,25 @@ impl Agent {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         link.begin();
-        let (drive, opener, mut inbound) = session(link, Mode::Server);
-        let drive = tokio::spawn(drive).abort_handle();
         let (holds, mut ended) = mpsc::channel::<()>(1);
-        let session = Session { agent: self.clone(), opener, stdins: Arc::default(), holds };
+        let agent = self.clone();
+        let (drive, _) = session(link, Mode::Server, |opener| {
+            let session = Session { agent, opener, stdins: Arc::default(), holds };
+            move |stream| drop(tokio::spawn(session.clone().stream(stream)))
+        });
+        let (drive, abort) = abortable(drive);
         let ends = tokio::spawn(async move {
-            while let Some(stream) = inbound.recv().await {
-                tokio::spawn(session.clone().stream(stream));
-            }
-            drop(session);
+            let _ = drive.await;
             let _ = tokio::time::timeout(ENDS, ended.recv()).await;
         });
-        Live { drive, ends }
+        Live { drive: abort, ends }
     }
 }
 
 /// A session that is under way; dropped, it ends.
 struct Live {
     /// What reads and writes; without it, everything else of the session comes to its end.
-    drive: AbortHandle,
+    drive: futures::future::AbortHandle,
     /// Until what it started, and was not to outlive it, is gone.
     ends: JoinHandle<()>,
 }
