@@ -32,7 +32,7 @@ use super::vfork::{self, Order, Plan, Step};
 use super::{lock, spawn};
 
 /// How long the agent does nothing before it makes one: whoever asks next is answered first.
-const REST: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_millis(150);
 /// How long a new one may take to be ready. It is worth no more.
 const READY: Duration = Duration::from_secs(2);
 /// How long it may take to execute before it is looked at: somebody may have stopped it.

@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
 use qapi::ExecuteError;
 use qapi::futures::{QapiStream, QmpStreamTokio};
 use qapi::qmp::QmpCommand;
 use qapi::qmp::{
-    self, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
+    self, Event, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
     MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus,
 };
 use serde::{Deserialize, Serialize};
@@ -24,9 +25,6 @@ const ANSWERS: Duration = Duration::from_secs(20);
 
 /// How long a control session may take to begin before it is begun again.
 const GREETS: Duration = Duration::from_secs(5);
-
-/// For how long it is asked without a pause whether saving or loading is done.
-const BRIEF: Duration = Duration::from_millis(10);
 
 /// How long a guest that is saved while it runs is to stand still for the last of its memory, milliseconds.
 const STANDS_STILL: u64 = 10;
@@ -251,8 +249,12 @@ impl Qmp {
     /// What is saved or loaded next has its memory there.
     pub async fn take_memory(&mut self, memory: Memory) -> Result<()> {
         let state = memory == Memory::Elsewhere;
-        let capability = MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state };
-        self.execute(qmp::migrate_set_capabilities { capabilities: vec![capability] }).await?;
+        let capability = |capability, state| MigrationCapabilityStatus { capability, state };
+        let capabilities = vec![
+            capability(MigrationCapability::x_ignore_shared, state),
+            capability(MigrationCapability::events, true),
+        ];
+        self.execute(qmp::migrate_set_capabilities { capabilities }).await?;
         if memory == Memory::Within {
             // A file takes what it is given; the limit is for networks.
             let limit =
@@ -266,12 +268,14 @@ impl Qmp {
         self.migrated_or(doing, None).await.map(drop)
     }
 
-    /// Whether it is done, and not the chase over. Asked again and again: the event that announces it may be missed, the answer to
-    /// a question cannot.
+    /// Whether it is done, and not the chase over. QEMU announces it, and is asked all the same: it may have announced it while it
+    /// answered something else.
     async fn migrated_or(&mut self, doing: &str, chase: Option<Chase>) -> Result<bool> {
-        // Devices' state takes a few milliseconds, and a timer's grain would be a part of that: each answer is waited for anyway.
-        let (since, mut pause) = (Instant::now(), Duration::from_millis(1));
+        let mut patience = Duration::from_millis(2);
         loop {
+            if self.is_announced(patience).await {
+                return Ok(true);
+            }
             let info = self.execute(qmp::query_migrate {}).await?;
             match info.status {
                 Some(MigrationStatus::completed) => return Ok(true),
@@ -285,11 +289,25 @@ impl Qmp {
             if chase.is_some_and(|Chase { until, most }| Instant::now() > until || written > most) {
                 return Ok(false);
             }
-            if since.elapsed() > BRIEF {
-                sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_millis(20));
-            }
+            patience = (patience * 2).min(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until QEMU announces that saving or loading is done, at most that long: whether it did.
+    async fn is_announced(&mut self, patience: Duration) -> bool {
+        let Some(session) = self.0.take() else { return false };
+        let (service, mut events) = session.into_parts();
+        let done = async {
+            while let Some(Ok(event)) = events.next().await {
+                if let Event::MIGRATION { data, .. } = event {
+                    return data.status == MigrationStatus::completed;
+                }
+            }
+            false
+        };
+        let done = timeout(patience, done).await == Ok(true);
+        self.0 = Some(QapiStream::with_parts(service, events));
+        done
     }
 }
 

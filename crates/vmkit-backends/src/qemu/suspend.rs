@@ -32,14 +32,15 @@ impl QemuDriver {
         }
         let memory = self.saved_memory();
         // First of all: a session that has ended is not begun again for a QEMU that does not answer.
-        let mut qmp = self.ready_to_save(memory).await.map_err(|error| {
+        let mut qmp = Qmp::connect(&self.dir, QMP).await.map_err(|error| {
             // Not as one that is late: nothing was begun, and nothing is to be ended for it.
             Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
                 "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
             )
         })?;
+        let (ready, left) = tokio::join!(qmp.take_memory(memory), self.line.leave(AGENT_ANSWERS));
         // A guest whose agent is silent is not one to resume.
-        let left = match self.line.leave(AGENT_ANSWERS).await {
+        let left = match ready.and(left) {
             Ok(left) => left,
             Err(error) => {
                 // It may hear it yet.
@@ -67,12 +68,6 @@ impl QemuDriver {
         self.line.forget();
         // Its state is complete and its disk was flushed with it: nothing is lost by ending it so.
         self.end_process().await
-    }
-
-    async fn ready_to_save(&self, memory: Memory) -> Result<Qmp> {
-        let mut qmp = Qmp::connect(&self.dir, QMP).await?;
-        qmp.take_memory(memory).await?;
-        Ok(qmp)
     }
 
     /// Where the saved execution has its memory: a fork that shares its template's has its own nowhere else than in its process.
