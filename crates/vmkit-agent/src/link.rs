@@ -266,7 +266,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
 
     /// Returns when the other side has said something that was not read yet: false at the end of the line.
     pub(crate) async fn heard(&self) -> io::Result<bool> {
-        Ok(std::future::poll_fn(|cx| self.lock().poll_fill(cx)).await? > 0)
+        std::future::poll_fn(|cx| self.poll_heard(cx)).await
+    }
+
+    /// As [`heard`](Link::heard).
+    pub(crate) fn poll_heard(&self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        self.lock().poll_fill(cx).map_ok(|n| n > 0)
     }
 
     /// The next handshake frame, whatever comes before it; `None` at the end of the line.

@@ -1,6 +1,6 @@
 //! Drives a multiplexed session over the link.
 
-use std::task::Poll;
+use std::task::{Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
@@ -64,8 +64,19 @@ where
     let drive = async move {
         let mut next: Option<oneshot::Sender<Stream>> = None;
         let mut openers = true;
+        // The multiplexer speaks as soon as it is driven. One that nobody needs yet is not: its other side would be woken for nothing.
+        let mut idle = true;
         std::future::poll_fn(move |cx| {
             loop {
+                if idle {
+                    match opens.poll_recv(cx) {
+                        Poll::Ready(Some(reply)) => next = Some(reply),
+                        Poll::Ready(None) => return Poll::Ready(()),
+                        // Also its end: whoever holds the session is to know.
+                        Poll::Pending => drop(ready!(link.poll_heard(cx))),
+                    }
+                    idle = false;
+                }
                 if next.is_none() && openers {
                     match opens.poll_recv(cx) {
                         Poll::Ready(Some(reply)) => next = Some(reply),

@@ -25,10 +25,12 @@ impl QemuDriver {
     pub(super) async fn save_and_end(&mut self) -> Result<()> {
         // Nobody tells it otherwise from here on.
         self.thawing.take().iter().for_each(AbortHandle::abort);
-        let template = matches!(self.templates, TemplateUse::Make);
-        if template {
+        if matches!(self.templates, TemplateUse::Make) {
             // Its disk alone is to be what its memory says it is: a fork's next start boots from it.
             self.line.client().await?.prepare(Prepare { rests: true }).await.map_err(translate)?;
+            // What the end of a session takes, and what its kernel does a moment later, is no work for those who go on from it.
+            drop(self.line.leave(AGENT_ANSWERS).await?);
+            sleep(RESTS).await;
         }
         let memory = self.saved_memory();
         // First of all: a session that has ended is not begun again for a QEMU that does not answer.
@@ -48,10 +50,6 @@ impl QemuDriver {
                 return Err(error);
             }
         };
-        if template {
-            // What the end of its session takes, and what its kernel does a moment later, is no work for those who go on from it.
-            sleep(RESTS).await;
-        }
         if let Err(error) = self.save(&mut qmp, memory).await {
             // Its line is needed.
             drop(left);
