@@ -112,8 +112,44 @@ impl Drop for Inner {
     }
 }
 
+type Waiting = Arc<Mutex<Readers>>;
+
 /// Readers of outputs that the agent has not spoken of yet.
-type Waiting = Arc<Mutex<HashMap<(u64, Which), oneshot::Sender<Arrived>>>>;
+#[derive(Default)]
+struct Readers {
+    all: HashMap<(u64, Which), oneshot::Sender<Arrived>>,
+    /// How many still read what has arrived and may be for one of them.
+    busy: usize,
+    /// Nothing more arrives.
+    over: bool,
+}
+
+impl Readers {
+    /// When nothing more arrives, and all that did was handed over, the rest has its end.
+    fn settle(&mut self) {
+        if self.over && self.busy == 0 {
+            self.all.clear();
+        }
+    }
+}
+
+/// Held by whoever reads what may be for a reader.
+struct Busy(Waiting);
+
+impl Busy {
+    fn new(waiting: &Waiting) -> Busy {
+        lock(waiting).busy += 1;
+        Busy(waiting.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let mut readers = lock(&self.0);
+        readers.busy -= 1;
+        readers.settle();
+    }
+}
 
 /// How the agent brings an output.
 #[derive(Debug)]
@@ -326,7 +362,7 @@ impl Client {
             other => return Err(AgentError::Protocol(format!("{other:?} to a command"))),
         };
         let (ended, exit) = watch::channel(Progress::Running);
-        let reader = tokio::spawn(follow(from, id, self.0.waiting.clone(), ended));
+        let reader = tokio::spawn(follow(from, id, Busy::new(&self.0.waiting), ended));
         let control = ExecControl { to: Some(to), exit, reader, detached, session: self.clone() };
         let stdin = match stdin {
             true => {
@@ -341,7 +377,7 @@ impl Client {
 
     fn expect(&self, id: u64, which: Which) -> ExecReader {
         let (arrives, stream) = oneshot::channel();
-        lock(&self.0.waiting).insert((id, which), arrives);
+        lock(&self.0.waiting).all.insert((id, which), arrives);
         let key = (id, which);
         ExecReader { state: Reading::Waiting(stream), session: self.clone(), key }
     }
@@ -375,10 +411,10 @@ struct Arrivals(Waiting);
 
 impl Arrivals {
     fn hand_over(&self, mut stream: Stream) {
-        let waiting = self.0.clone();
+        let busy = Busy::new(&self.0);
         tokio::spawn(async move {
             if let Ok(Some(Header { id, which })) = protocol::read(&mut stream).await
-                && let Some(reader) = lock(&waiting).remove(&(id, which))
+                && let Some(reader) = lock(&busy.0).all.remove(&(id, which))
             {
                 let _ = reader.send(Arrived::Stream(stream));
             }
@@ -387,19 +423,21 @@ impl Arrivals {
 }
 
 impl Drop for Arrivals {
-    /// The session is over: nothing will arrive any more.
+    /// The session is over.
     fn drop(&mut self) {
-        lock(&self.0).clear();
+        let mut readers = lock(&self.0);
+        readers.over = true;
+        readers.settle();
     }
 }
 
 /// Reads a command's control stream to its end.
-async fn follow(mut from: ReadHalf<Stream>, id: u64, waiting: Waiting, ended: watch::Sender<Progress>) {
+async fn follow(mut from: ReadHalf<Stream>, id: u64, busy: Busy, ended: watch::Sender<Progress>) {
     while let Ok(Some(reply)) = protocol::read(&mut from).await {
         match reply {
             Reply::Exited(exit) => drop(ended.send_replace(Progress::Ended(exit))),
             Reply::Said(which, bytes) => {
-                if let Some(reader) = lock(&waiting).remove(&(id, which)) {
+                if let Some(reader) = lock(&busy.0).all.remove(&(id, which)) {
                     let _ = reader.send(Arrived::Whole(bytes));
                 }
             }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use lexopt::prelude::*;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use vmkit_agent::agent::{Agent, Line, Port, init, ports};
 
 const HELP: &str = "\
@@ -36,6 +37,10 @@ enum Listen {
 
 fn main() -> ExitCode {
     let first = std::process::id() == 1;
+    if first {
+        // Kernels before 5.16 end every process that has its memory with one that dumps it, and nothing can run without process 1.
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    }
     if first && let Err(error) = init() {
         vmkit_agent::agent::give_up(&error);
         return ExitCode::FAILURE;

@@ -19,8 +19,10 @@ async fn spare(guest: &Guest) -> u32 {
         let named = |pid: &&str| {
             std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "vmkit-spare")
         };
-        if let Some(pid) = children.split_whitespace().find(named) {
-            return pid.parse().unwrap();
+        // One that could not become a program has its name until it is reaped.
+        let lives = |pid: &u32| alive(*pid);
+        if let Some(pid) = children.split_whitespace().filter(named).map(|pid| pid.parse().unwrap()).find(lives) {
+            return pid;
         }
         sleep(Duration::from_millis(5)).await;
     }
@@ -38,6 +40,36 @@ async fn with_spare() -> (Guest, Client, u32) {
 
 fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+/// Who has stopped a process so that only killing it moves it; lets go of it when dropped.
+struct Tracer(std::process::Child);
+
+impl Tracer {
+    fn attach(pid: u32) -> Tracer {
+        // By a system call of its own, so that no tool need be there: PTRACE_ATTACH is 16.
+        let script = format!(
+            "import ctypes, os, sys, time\nc = ctypes.CDLL(None, use_errno=True)\nc.ptrace.argtypes = [ctypes.c_long] * 4\n\
+             assert c.ptrace(16, {pid}, 0, 0) == 0, ctypes.get_errno()\nos.waitpid({pid}, 0x40000000)\nprint(1, flush=True)\n\
+             sys.stdin.read()"
+        );
+        let mut tracer = std::process::Command::new("python3")
+            .args(["-c", &script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 2];
+        std::io::Read::read_exact(tracer.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        Tracer(tracer)
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
 }
 
 async fn text(client: &Client, request: ExecRequest) -> String {
@@ -115,10 +147,26 @@ async fn killed_it_is_replaced_and_stopped_it_goes_on() {
     signal(second, Signal::STOP);
     let said = timeout(HANGS, text(&client, sh("echo $$"))).await.unwrap();
     assert_eq!(said, format!("{second}\n"));
-    // Asked to end, as whoever ends all processes does.
-    let third = spare(&guest).await;
-    signal(third, Signal::TERM);
-    assert!(gone(third).await, "it ignores a signal that a new program does not");
+    // Asked to end, as whoever ends all processes does; the other kills with a dump of the memory that it shares.
+    for kills in [Signal::TERM, Signal::QUIT] {
+        let next = spare(&guest).await;
+        signal(next, kills);
+        assert!(gone(next).await, "it ignores a signal that a new program does not");
+        assert_eq!(run(&client, sh("exit 4")).await.0, Exit::Code(4));
+    }
+}
+
+#[tokio::test]
+async fn held_by_somebody_it_holds_nobody_up() {
+    let (guest, client, held) = with_spare().await;
+    // As a debugger does it: it does not go on by being told to.
+    let tracer = Tracer::attach(held);
+    let said = timeout(HANGS, text(&client, sh("echo $$"))).await.unwrap();
+    assert_ne!(said, format!("{held}\n"));
+    drop(tracer);
+    assert!(gone(held).await, "nobody will ever give it an order");
+    let next = spare(&guest).await;
+    assert_eq!(text(&client, sh("echo $$")).await, format!("{next}\n"));
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -80,8 +80,7 @@ fn watch(counter: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 #[expect(unsafe_code, reason = "the libraries that we use have no such call")]
 fn handle_child_signal() -> io::Result<()> {
     let handler: extern "C" fn(c_int) = child_ended;
-    // SAFETY: all zeros is a valid action. The handler makes one system call, on a descriptor that is never closed, and keeps the
-    // interrupted thread's error number.
+    // SAFETY: all zeros is a valid action. The handler makes one system call, on a descriptor that is never closed.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as libc::sighandler_t;
@@ -93,14 +92,11 @@ fn handle_child_signal() -> io::Result<()> {
     }
 }
 
+/// Touches no error number: a child may be using it, in the same memory.
 #[expect(unsafe_code, reason = "called by the kernel, at any moment")]
 extern "C" fn child_ended(_: c_int) {
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: `write` may be called in a handler; it reads eight bytes that outlive it. A counter that is full says what is to be
-    // said already.
-    unsafe {
-        let errno = *libc::__errno_location();
-        libc::write(ENDED.load(Ordering::Relaxed), one.as_ptr().cast(), one.len());
-        *libc::__errno_location() = errno;
-    }
+    // SAFETY: the descriptor is never closed.
+    let counter = unsafe { BorrowedFd::borrow_raw(ENDED.load(Ordering::Relaxed)) };
+    // A counter that is full says what is to be said already.
+    let _ = rustix::io::write(counter, &1u64.to_ne_bytes());
 }

@@ -52,11 +52,9 @@ pub(super) fn prepare(agent: &Inner, rests: bool) {
         Some(Prepared { boot_id, .. }) => (MachineId::prepare(), boot_id),
         None => (MachineId::prepare(), None),
     };
-    let boot_id = boot_id.or_else(|| {
-        // Unless it was read, each kernel will have one of its own, also where nothing lies over it.
-        let now = if rests { Ok(uuid([0; 16])) } else { fs::read(BOOT_ID) };
-        cover_boot_id(&now.ok()?).ok()
-    });
+    // Nothing lies over it in one that goes on: a mount there is in the way of those who mount another `/proc`. And it is not read:
+    // unless somebody did, each kernel will have one of its own.
+    let boot_id = boot_id.or_else(|| if rests { cover_boot_id(&uuid([0; 16])).ok() } else { None });
     let (keys, hooks) = (!host_keys(Path::new(SSH)).is_empty(), !hooks(Path::new(HOOKS)).is_empty());
     *prepared = Some(Prepared { pool, id, boot_id, keys, hooks });
 }
@@ -108,7 +106,10 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     let (renewed, boot_id, keys, hooks) = match &*lock(&agent.prepared) {
         Some(Prepared { id: Ok(id), boot_id, keys, hooks, .. }) => (
             id.as_ref().map_or(Ok(false), |id| id.renew(fork.machine_id)),
-            boot_id.as_ref().map(|file| renew_boot_id(file, fork.boot_id)),
+            match boot_id {
+                Some(file) => Some(renew_boot_id(file, fork.boot_id)),
+                None => cover_boot_id(&uuid(fork.boot_id)).ok().map(|_| Ok(())),
+            },
             *keys,
             *hooks,
         ),

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, getpid, getppid, kill_process, set_parent_process_death_signal};
 use rustix::thread::futex;
 use rustix::time::Timespec;
 use tokio::time::sleep;
@@ -35,14 +35,21 @@ use super::{lock, spawn};
 const REST: Duration = Duration::from_millis(150);
 /// How long a new one may take to be ready. It is worth no more.
 const READY: Duration = Duration::from_secs(2);
-/// How long it may take to execute before it is looked at: somebody may have stopped it.
+/// How long it may take to do its part before it is looked at: somebody may have stopped it.
 const LOOKS: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+
+/// How long it may take to take its order, before somebody else gets it.
+const LISTENS: Duration = Duration::from_millis(500);
 
 /// What a spare is about, as both sides know it.
 const MADE: u32 = 0;
 const WAITS: u32 = 1;
 const ORDERED: u32 = 2;
-const FAILED: u32 = 3;
+/// It has its order, and uses it until it has left the agent's memory.
+const TAKEN: u32 = 3;
+/// The order was taken back.
+const REVOKED: u32 = 4;
+const FAILED: u32 = 5;
 
 /// The descriptor of a spare's own end of what may become its standard input.
 const INPUT: RawFd = 3;
@@ -113,7 +120,7 @@ pub(super) struct Spare {
     pid: Pid,
     cell: Box<Cell>,
     /// Where it runs, until it has left the agent's memory.
-    _stack: Vec<u128>,
+    stack: Vec<u128>,
     /// The agent's ends of what are to be its streams; they do not block.
     stdin: Option<OwnedFd>,
     outputs: [Option<OwnedFd>; 2],
@@ -130,8 +137,8 @@ struct Cell {
     connected: [AtomicBool; 3],
     /// Its ends of nothing, its outputs, and its input.
     ends: [RawFd; 4],
-    /// It ends with the agent. Process 1 has no end.
-    mortal: bool,
+    /// Whom it ends with; nobody for process 1, which has no end.
+    agent: Option<Pid>,
 }
 
 impl Spare {
@@ -141,14 +148,7 @@ impl Spare {
         let (their_out, out) = spawn::output_pipe()?;
         let (their_err, err) = spawn::output_pipe()?;
         let nothing = spawn::null()?;
-        let cell = Box::new(Cell {
-            state: AtomicU32::new(MADE),
-            inside: AtomicU32::new(1),
-            order: AtomicPtr::default(),
-            connected: Default::default(),
-            ends: [&nothing, &their_out, &their_err, &their_in].map(AsRawFd::as_raw_fd),
-            mortal: std::process::id() != 1,
-        });
+        let cell = Cell::new([&nothing, &their_out, &their_err, &their_in].map(AsRawFd::as_raw_fd));
         let mut stack = vfork::stack();
         let flags = libc::CLONE_VM | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
         // SAFETY: the child runs `live` on a stack of its own, aligned and larger than it needs. Both that and the cell stay where
@@ -159,7 +159,7 @@ impl Spare {
             let inside = cell.inside.as_ptr();
             libc::clone(live, top, flags, shared, ptr::null_mut::<c_int>(), ptr::null_mut::<c_void>(), inside)
         })?;
-        let spare = Spare { pid, cell, _stack: stack, stdin: Some(stdin), outputs: [Some(out), Some(err)] };
+        let spare = Spare { pid, cell, stack, stdin: Some(stdin), outputs: [Some(out), Some(err)] };
         let until = Instant::now() + READY;
         let state = || spare.cell.state.load(Ordering::Acquire);
         while state() == MADE && spare.is_there() && Instant::now() < until {
@@ -174,43 +174,54 @@ impl Spare {
     }
 
     /// Becomes the program, with those of its streams that are to be connected. Returns when it has begun, or with what was
-    /// refused; then there is no process.
-    pub(super) fn execute(mut self, plan: &Plan<'_>, connected: [bool; 3]) -> Result<Started, (Step, Errno)> {
+    /// refused; then there is no process. Nothing when it did not take its order: then it is not there any more.
+    pub(super) fn execute(mut self, plan: &Plan<'_>, connected: [bool; 3]) -> Option<Result<Started, (Step, Errno)>> {
         let order = Order::new(plan);
         for (stream, connect) in self.cell.connected.iter().zip(connected) {
             stream.store(connect, Ordering::Relaxed);
         }
-        // For as long as it is used, this function does not return: see `leaves`.
+        // Whoever has taken it uses it until it has left: no return before that.
         self.cell.order.store(ptr::from_ref(&order).cast_mut().cast(), Ordering::Relaxed);
         self.cell.state.store(ORDERED, Ordering::Release);
         let _ = futex::wake(&self.cell.state, futex::Flags::PRIVATE, 1);
-        self.leaves(Signal::CONT);
-        let pid = order.outcome(self.pid)?;
+        let mut until = Instant::now() + LISTENS;
+        while self.is_there() {
+            self.look();
+            if self.is_there() && Instant::now() > until {
+                // Stopped ones go on; whoever holds it otherwise keeps nobody else waiting.
+                if self.cell.state.compare_exchange(ORDERED, REVOKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                    return None;
+                }
+                until += LISTENS;
+            } else if self.is_there() && self.cell.state.load(Ordering::Acquire) == ORDERED {
+                let _ = kill_process(self.pid, Signal::CONT);
+            }
+        }
         let [stdout, stderr] = &mut self.outputs;
-        Ok(Started {
+        Some(order.outcome(self.pid).map(|pid| Started {
             pid,
             stdin: self.stdin.take().filter(|_| connected[0]),
             outputs: [stdout.take().filter(|_| connected[1]), stderr.take().filter(|_| connected[2])],
-        })
+        }))
     }
 
-    /// Returns when it has left the agent's memory; as long as it has not, it is signalled.
-    fn leaves(&self, signal: Signal) {
-        while self.is_there() {
-            // The kernel's own wake-up, which is for all processes.
-            let waited = futex::wait(&self.cell.inside, futex::Flags::empty(), 1, Some(&LOOKS));
-            if waited == Err(Errno::TIMEDOUT) && self.is_there() {
-                let _ = kill_process(self.pid, signal);
-            }
-        }
+    /// Waits a moment for it to leave the agent's memory.
+    fn look(&self) {
+        // The kernel's own wake-up, which is for all processes.
+        let _ = futex::wait(&self.cell.inside, futex::Flags::empty(), 1, Some(&LOOKS));
     }
 }
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        if self.is_there() {
+        let until = Instant::now() + READY;
+        while self.is_there() && Instant::now() < until {
             let _ = kill_process(self.pid, Signal::KILL);
-            self.leaves(Signal::KILL);
+            self.look();
+        }
+        if self.is_there() {
+            // Held by whoever freezes processes. It ends when it is let go; its memory is to be there until then.
+            std::mem::forget((std::mem::take(&mut self.stack), std::mem::replace(&mut self.cell, Cell::new([-1; 4]))));
         }
     }
 }
@@ -226,8 +237,14 @@ extern "C" fn live(cell: *mut c_void) -> c_int {
     if ready.is_err() {
         vfork::end();
     }
-    while cell.state.load(Ordering::Acquire) != ORDERED {
+    while cell.state.load(Ordering::Acquire) == WAITS {
         let _ = futex::wait(&cell.state, futex::Flags::PRIVATE, WAITS, None);
+    }
+    if cell.state.compare_exchange(ORDERED, TAKEN, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        // To be killed.
+        loop {
+            let _ = futex::wait(&cell.state, futex::Flags::PRIVATE, REVOKED, None);
+        }
     }
     // SAFETY: `execute` gave it, and does not return before this process has left the agent's memory.
     let order = unsafe { &*cell.order.load(Ordering::Relaxed) };
@@ -238,6 +255,17 @@ extern "C" fn live(cell: *mut c_void) -> c_int {
 }
 
 impl Cell {
+    fn new(ends: [RawFd; 4]) -> Box<Cell> {
+        Box::new(Cell {
+            state: AtomicU32::new(MADE),
+            inside: AtomicU32::new(1),
+            order: AtomicPtr::default(),
+            connected: Default::default(),
+            ends,
+            agent: Some(getpid()).filter(|&pid| pid != Pid::INIT),
+        })
+    }
+
     /// In the child, while the agent stands still.
     #[expect(unsafe_code, reason = "the libraries that we use have no such calls")]
     fn get_ready(&self) -> Result<(), (Step, Errno)> {
@@ -251,8 +279,12 @@ impl Cell {
         // What the agent has open is not to stay open for its sake.
         // SAFETY: as above; the number is the one after the last that is needed.
         done(unsafe { libc::syscall(libc::SYS_close_range, INPUT + 1, c_int::MAX, 0) } as c_int)?;
-        if self.mortal {
+        if self.agent.is_some() {
             set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| (Step::Fork, errno))?;
+            if getppid() != self.agent {
+                // It has ended before that.
+                vfork::end();
+            }
         }
         // For whoever looks at the guest's processes.
         rustix::thread::set_name(c"vmkit-spare").map_err(|errno| (Step::Fork, errno))
@@ -260,7 +292,7 @@ impl Cell {
 
     /// In the child, which has its order.
     fn connect(&self) -> Result<(), Errno> {
-        if self.mortal {
+        if self.agent.is_some() {
             set_parent_process_death_signal(None)?;
         }
         let [stdin, stdout, stderr] = &self.connected;

@@ -62,10 +62,8 @@ pub(super) fn spawn(
         }),
     };
     let connected = [request.stdin, request.stdout, request.stderr];
-    let started = match agent.spares.take() {
-        Some(spare) => spare.execute(&plan, connected),
-        None => start(&plan, connected),
-    };
+    let by_spare = agent.spares.take().and_then(|spare| spare.execute(&plan, connected));
+    let started = by_spare.unwrap_or_else(|| start(&plan, connected));
     let Started { pid, stdin, outputs } = started.map_err(|(step, errno)| match step {
         Step::Directory => (Failure::NoDirectory, format!("the guest has no directory {cwd:?}: {errno}")),
         Step::Execute => not_started(&request.program, Path::new(cwd), errno),

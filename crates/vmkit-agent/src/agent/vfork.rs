@@ -64,8 +64,8 @@ impl<'a> Order<'a> {
         match self.errno.load(Ordering::Relaxed) {
             0 => Ok(pid),
             errno => {
-                // It has ended already; when the reaper was faster, that is as well.
-                let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+                // One that has not ended quite yet is the reaper's.
+                let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
                 Err((step(self.step.load(Ordering::Relaxed)), Errno::from_raw_os_error(errno)))
             }
         }

@@ -150,6 +150,6 @@ impl AsyncRead for ExecReader {
 impl Drop for ExecReader {
     fn drop(&mut self) {
         // A stream that arrives for nobody is reset, and the command sees a broken pipe.
-        lock(&self.session.0.waiting).remove(&self.key);
+        lock(&self.session.0.waiting).all.remove(&self.key);
     }
 }

@@ -21,7 +21,7 @@ pub async fn control_session(bytes: &[u8]) -> bool {
     };
     let session = async {
         let Ok(mut qmp) = Qmp::negotiate(ours).await else { return false };
-        let answered = qmp.is_running().await.is_ok();
+        let answered = qmp.go_on().await.is_ok();
         // Whoever calls off what has failed asks again on the same session.
         let _ = qmp.cont().await;
         answered

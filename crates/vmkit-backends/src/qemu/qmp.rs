@@ -9,7 +9,7 @@ use qapi::futures::{QapiStream, QmpStreamTokio};
 use qapi::qmp::QmpCommand;
 use qapi::qmp::{
     self, Event, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
-    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus,
+    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus, RunState,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{ReadHalf, WriteHalf};
@@ -126,14 +126,23 @@ impl Qmp {
         }
     }
 
-    /// Whether the guest's processors run.
-    pub async fn is_running(&mut self) -> Result<bool> {
-        Ok(self.execute(qmp::query_status {}).await?.running)
-    }
-
     /// Lets the guest go on.
     pub async fn cont(&mut self) -> Result<()> {
         self.execute(qmp::cont {}).await.map(drop)
+    }
+
+    /// Lets a guest go on that was saved, or was to be; nothing if it runs. What QEMU has announced as saved has a moment's work left,
+    /// in which it lets no guest go on.
+    pub async fn go_on(&mut self) -> Result<()> {
+        let until = Instant::now() + ANSWERS;
+        loop {
+            let info = self.execute(qmp::query_status {}).await?;
+            match info.status {
+                _ if info.running => return Ok(()),
+                RunState::finish_migrate if Instant::now() < until => sleep(Duration::from_millis(1)).await,
+                _ => return self.cont().await,
+            }
+        }
     }
 
     /// Pauses the guest.
@@ -268,14 +277,12 @@ impl Qmp {
         self.migrated_or(doing, None).await.map(drop)
     }
 
-    /// Whether it is done, and not the chase over. QEMU announces it, and is asked all the same: it may have announced it while it
-    /// answered something else.
+    /// Whether it is done, and not the chase over. QEMU announces that, which is when it is asked: an announcement may be missed, and may
+    /// be one of what was done before.
     async fn migrated_or(&mut self, doing: &str, chase: Option<Chase>) -> Result<bool> {
         let mut patience = Duration::from_millis(2);
         loop {
-            if self.is_announced(patience).await {
-                return Ok(true);
-            }
+            self.announced(patience).await;
             let info = self.execute(qmp::query_migrate {}).await?;
             match info.status {
                 Some(MigrationStatus::completed) => return Ok(true),
@@ -293,21 +300,24 @@ impl Qmp {
         }
     }
 
-    /// Waits until QEMU announces that saving or loading is done, at most that long: whether it did.
-    async fn is_announced(&mut self, patience: Duration) -> bool {
-        let Some(session) = self.0.take() else { return false };
+    /// Waits until QEMU announces that saving or loading is done, or has failed, at most that long.
+    async fn announced(&mut self, patience: Duration) {
+        let Some(session) = self.0.take() else { return };
         let (service, mut events) = session.into_parts();
         let done = async {
             while let Some(Ok(event)) = events.next().await {
-                if let Event::MIGRATION { data, .. } = event {
-                    return data.status == MigrationStatus::completed;
+                if let Event::MIGRATION { data, .. } = event
+                    && matches!(
+                        data.status,
+                        MigrationStatus::completed | MigrationStatus::failed | MigrationStatus::cancelled
+                    )
+                {
+                    return;
                 }
             }
-            false
         };
-        let done = timeout(patience, done).await == Ok(true);
+        let _ = timeout(patience, done).await;
         self.0 = Some(QapiStream::with_parts(service, events));
-        done
     }
 }
 

@@ -48,9 +48,7 @@ async fn go_on(dir: &std::path::Path) -> Result<()> {
     let mut qmp = Qmp::connect(dir, QMP).await?;
     // Else it would end paused.
     qmp.save_no_more().await?;
-    if !qmp.is_running().await? {
-        qmp.cont().await?;
-    }
+    qmp.go_on().await?;
     Line::new(dir.to_owned(), Duration::ZERO).thaw(TOLD).await;
     Ok(())
 }

@@ -143,10 +143,7 @@ impl QemuDriver {
             if saved.is_err() {
                 qmp.save_no_more().await?;
             }
-            if !qmp.is_running().await? {
-                qmp.cont().await?;
-            }
-            Ok(())
+            qmp.go_on().await
         };
         // The note stays: the next look lets it go on, or ends it.
         let went_on: Result<()> = goes_on.await;

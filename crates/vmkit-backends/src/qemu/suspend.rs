@@ -34,15 +34,10 @@ impl QemuDriver {
         }
         let memory = self.saved_memory();
         // First of all: a session that has ended is not begun again for a QEMU that does not answer.
-        let mut qmp = Qmp::connect(&self.dir, QMP).await.map_err(|error| {
-            // Not as one that is late: nothing was begun, and nothing is to be ended for it.
-            Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed").caused_by(error).hint(
-                "look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost",
-            )
-        })?;
+        let mut qmp = Qmp::connect(&self.dir, QMP).await.map_err(not_begun)?;
         let (ready, left) = tokio::join!(qmp.take_memory(memory), self.line.leave(AGENT_ANSWERS));
         // A guest whose agent is silent is not one to resume.
-        let left = match ready.and(left) {
+        let left = match ready.map_err(not_begun).and(left) {
             Ok(left) => left,
             Err(error) => {
                 // It may hear it yet.
@@ -103,7 +98,7 @@ impl QemuDriver {
         if self.config.durable {
             layout::sync(&self.dir)?;
         }
-        qmp.cont().await
+        qmp.go_on().await
     }
 
     /// Tells a guest that it is not suspended after all. It runs: one that is too busy to hear that now hears it later.
@@ -113,4 +108,11 @@ impl QemuDriver {
         self.thawing = Some(told.abort_handle());
         let _ = timeout(AGENT_ANSWERS, told).await;
     }
+}
+
+/// Not as one that is late: nothing was begun, and nothing is to be ended for it.
+fn not_begun(error: Error) -> Error {
+    Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed")
+        .caused_by(error)
+        .hint("look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost")
 }
