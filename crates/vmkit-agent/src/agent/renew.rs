@@ -103,22 +103,15 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     rustix::system::sethostname(fork.hostname.as_bytes())
         .map_err(|error| format!("the guest could not be named {:?}: {error}", fork.hostname))?;
     what.push("hostname".into());
+    let covered = || cover_boot_id(&uuid(fork.boot_id)).ok().map(|_| Ok(()));
     let (renewed, boot_id, keys, hooks) = match &*lock(&agent.prepared) {
         Some(Prepared { id: Ok(id), boot_id, keys, hooks, .. }) => (
             id.as_ref().map_or(Ok(false), |id| id.renew(fork.machine_id)),
-            match boot_id {
-                Some(file) => Some(renew_boot_id(file, fork.boot_id)),
-                None => cover_boot_id(&uuid(fork.boot_id)).ok().map(|_| Ok(())),
-            },
+            boot_id.as_ref().map(|file| renew_boot_id(file, fork.boot_id)).or_else(covered),
             *keys,
             *hooks,
         ),
-        _ => (
-            machine_id::renew(Path::new("/"), fork.machine_id),
-            cover_boot_id(&uuid(fork.boot_id)).ok().map(|_| Ok(())),
-            true,
-            true,
-        ),
+        _ => (machine_id::renew(Path::new("/"), fork.machine_id), covered(), true, true),
     };
     if renewed.map_err(|error| format!("the guest could not renew its machine id: {error}"))? {
         what.push("machine-id".into());

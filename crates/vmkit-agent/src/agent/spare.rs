@@ -1,7 +1,7 @@
 //! A process that is made before anybody asks for one: it has its streams, and waits to be told what to execute.
 //!
-//! Making a process and its pipes is a tenth of what the first command costs a guest under emulation that goes on from a saved
-//! execution. One that was saved with a spare has it when it goes on; others get one when nothing else is to be done.
+//! Making a process and its pipes is a twentieth of what a guest under emulation does that goes on from a saved execution, up to the
+//! answer of its first command. One that was saved with a spare has it when it goes on; others get one when nothing else is to be done.
 //!
 //! ```text
 //!  agent ── clone ─▶ spare: streams, group, signals ─▶ waits ─▶ execute ─▶ the program
