@@ -1,9 +1,9 @@
 //! The host's side.
 
 mod exec;
+mod readers;
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,22 +11,26 @@ use std::time::SystemTime;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use yamux::Mode;
 
 use exec::{Progress, Reading};
+use readers::{Arrivals, Busy, Waiting, follow};
 
 use crate::link::{Handshake, Kind, Link, VERSION};
-use crate::mux::{Opener, Stream, session};
-use crate::protocol::{self, Failure, Header, Renew, Reply, Request, Which};
+use crate::mux::{Opener, session};
+use crate::protocol::{self, Answer, Failure, Renew, Reply, Request, Which};
 
 pub use crate::protocol::{Bind, ExecRequest, Exit, Fork, Prepare};
 pub use exec::{Exec, ExecControl, ExecReader, ExecStdin};
 
 /// How wrong a guest's clock may be when it goes on, nanoseconds: the time that its answer takes looks like it.
 const CLOCK: u64 = 20_000_000;
+
+/// The longest request that is made without a session, bytes: what is said to it fits into its answer.
+const MAX_SHORT: usize = 8 * 1024;
 
 /// What went wrong between host and agent. Never contains arguments or environment of a command.
 #[derive(Debug, thiserror::Error)]
@@ -110,53 +114,6 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.driver.abort();
     }
-}
-
-type Waiting = Arc<Mutex<Readers>>;
-
-/// Readers of outputs that the agent has not spoken of yet.
-#[derive(Default)]
-struct Readers {
-    all: HashMap<(u64, Which), oneshot::Sender<Arrived>>,
-    /// How many still read what has arrived and may be for one of them.
-    busy: usize,
-    /// Nothing more arrives.
-    over: bool,
-}
-
-impl Readers {
-    /// When nothing more arrives, and all that did was handed over, the rest has its end.
-    fn settle(&mut self) {
-        if self.over && self.busy == 0 {
-            self.all.clear();
-        }
-    }
-}
-
-/// Held by whoever reads what may be for a reader.
-struct Busy(Waiting);
-
-impl Busy {
-    fn new(waiting: &Waiting) -> Busy {
-        lock(waiting).busy += 1;
-        Busy(waiting.clone())
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        let mut readers = lock(&self.0);
-        readers.busy -= 1;
-        readers.settle();
-    }
-}
-
-/// How the agent brings an output.
-#[derive(Debug)]
-enum Arrived {
-    /// All of it, when it is little and already over.
-    Whole(Vec<u8>),
-    Stream(Stream),
 }
 
 impl Client {
@@ -245,8 +202,7 @@ impl Client {
     /// [`AgentError::Closed`] when the session has ended otherwise.
     pub async fn leave(&self) -> Result<Left, AgentError> {
         let Some(bye) = lock(&self.0.bye).take() else { return Err(AgentError::Closed) };
-        // What was let go of before is said before: a stream comes after all that.
-        drop(self.0.opener.open().await);
+        self.0.opener.settle().await;
         tokio::task::yield_now().await;
         self.0.driver.abort();
         // Until it has stopped, it may still write.
@@ -353,16 +309,20 @@ impl Client {
         let outputs = [(Which::Stdout, request.stdout), (Which::Stderr, request.stderr)];
         // Before the request: the agent may open a stream before it answers.
         let [stdout, stderr] = outputs.map(|(which, wanted)| wanted.then(|| self.expect(id, which)));
+        let request = Request::Exec(request);
+        if let Some(answer) = self.before(&request).await? {
+            return self.begun(id, answer, stdout, stderr).await;
+        }
         let stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
         let (mut from, mut to) = tokio::io::split(stream);
-        send(&mut to, &Request::Exec(request)).await?;
+        send(&mut to, &request).await?;
         let pid = match receive(&mut from).await? {
             Reply::Started(pid) => pid,
             Reply::Failed(failure, message) => return Err(failed(failure, message)),
             other => return Err(AgentError::Protocol(format!("{other:?} to a command"))),
         };
         let (ended, exit) = watch::channel(Progress::Running);
-        let reader = tokio::spawn(follow(from, id, Busy::new(&self.0.waiting), ended));
+        let reader = Some(tokio::spawn(follow(from, id, Busy::new(&self.0.waiting), ended)));
         let control = ExecControl { to: Some(to), exit, reader, detached, session: self.clone() };
         let stdin = match stdin {
             true => {
@@ -373,6 +333,52 @@ impl Client {
             false => None,
         };
         Ok(Exec { pid, stdin, stdout, stderr, control })
+    }
+
+    /// Asks without a session; nothing when that cannot be done or is not possible any more.
+    async fn before(&self, request: &Request) -> Result<Option<Answer>, AgentError> {
+        let payload = if request.is_short() { protocol::payload(request) } else { Vec::new() };
+        if payload.is_empty() || payload.len() > MAX_SHORT {
+            return Ok(None);
+        }
+        self.0.opener.ask(payload).await.ok_or(AgentError::Closed)
+    }
+
+    /// A command that was begun without a session, as far as that went.
+    async fn begun(
+        &self,
+        id: u64,
+        answer: Answer,
+        stdout: Option<ExecReader>,
+        stderr: Option<ExecReader>,
+    ) -> Result<Exec, AgentError> {
+        let mut replies = answer.replies.into_iter();
+        let pid = match replies.next() {
+            Some(Reply::Started(pid)) => pid,
+            Some(Reply::Failed(failure, message)) => return Err(failed(failure, message)),
+            other => return Err(AgentError::Protocol(format!("{other:?} to a command"))),
+        };
+        let (ended, exit) = watch::channel(Progress::Running);
+        let busy = Busy::new(&self.0.waiting);
+        let (to, reader) = if answer.goes_on {
+            // Adopted also for who is not there any more: what the stream's end is to end.
+            let session = self.clone();
+            let adopted = tokio::spawn(async move {
+                let mut stream = session.0.opener.open().await?;
+                send(&mut stream, &Request::Adopt(id)).await.ok()?;
+                Some(stream)
+            });
+            let stream = adopted.await.ok().flatten().ok_or(AgentError::Closed)?;
+            let (from, to) = tokio::io::split(stream);
+            (Some(to), Some(tokio::spawn(follow(from, id, busy, ended))))
+        } else {
+            for reply in replies {
+                busy.take(id, reply, &ended);
+            }
+            (None, None)
+        };
+        let control = ExecControl { to, exit, reader, detached: false, session: self.clone() };
+        Ok(Exec { pid, stdin: None, stdout, stderr, control })
     }
 
     fn expect(&self, id: u64, which: Which) -> ExecReader {
@@ -392,6 +398,10 @@ impl Client {
 
     async fn ask(&self, request: &Request) -> Result<Reply, AgentError> {
         let answer = async {
+            if let Some(answer) = self.before(request).await? {
+                let mut replies = answer.replies.into_iter();
+                return replies.next().ok_or_else(|| AgentError::Protocol("an answer that says nothing".into()));
+            }
             let mut stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
             send(&mut stream, request).await?;
             receive(&mut stream).await
@@ -404,53 +414,6 @@ impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client").field("closed", &self.is_closed()).finish()
     }
-}
-
-/// Gives the streams that the agent opens to whoever waits for them.
-struct Arrivals(Waiting);
-
-impl Arrivals {
-    fn hand_over(&self, mut stream: Stream) {
-        let busy = Busy::new(&self.0);
-        tokio::spawn(async move {
-            if let Ok(Some(Header { id, which })) = protocol::read(&mut stream).await
-                && let Some(reader) = lock(&busy.0).all.remove(&(id, which))
-            {
-                let _ = reader.send(Arrived::Stream(stream));
-            }
-        });
-    }
-}
-
-impl Drop for Arrivals {
-    /// The session is over.
-    fn drop(&mut self) {
-        let mut readers = lock(&self.0);
-        readers.over = true;
-        readers.settle();
-    }
-}
-
-/// Reads a command's control stream to its end.
-async fn follow(mut from: ReadHalf<Stream>, id: u64, busy: Busy, ended: watch::Sender<Progress>) {
-    while let Ok(Some(reply)) = protocol::read(&mut from).await {
-        match reply {
-            Reply::Exited(exit) => drop(ended.send_replace(Progress::Ended(exit))),
-            Reply::Said(which, bytes) => {
-                if let Some(reader) = lock(&busy.0).all.remove(&(id, which)) {
-                    let _ = reader.send(Arrived::Whole(bytes));
-                }
-            }
-            Reply::Started(_) | Reply::Failed(..) | Reply::Pong(_) | Reply::Done | Reply::Renewed(_) => break,
-        }
-    }
-    ended.send_if_modified(|progress| {
-        let lost = matches!(progress, Progress::Running);
-        if lost {
-            *progress = Progress::Lost;
-        }
-        lost
-    });
 }
 
 /// Sends a handshake and waits for its answer; `None` when the line ends first, or, unless it is the `first`, the guest rebooted.

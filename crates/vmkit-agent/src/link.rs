@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The protocol's version; both sides must have the same.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 
 /// Begins a handshake frame. All bytes differ, so a match never has to be re-examined.
 pub const MARKER: [u8; 8] = [0xF5, b'v', b'm', b'k', b'i', b't', 0x1A, 0xA7];
@@ -147,6 +147,10 @@ pub enum Kind {
     Bye,
     /// The agent has just begun: what it was told before, if there was one before, is forgotten.
     Up,
+    /// A request that needs no session, made before there is one; without a payload, its host waits no longer than it must.
+    Ask,
+    /// To an `Ask`.
+    Answer,
 }
 
 /// A handshake frame.
@@ -173,6 +177,8 @@ impl Handshake {
             Kind::Ack => 2,
             Kind::Bye => 3,
             Kind::Up => 4,
+            Kind::Ask => 5,
+            Kind::Answer => 6,
         });
         out.push(0);
         out.extend_from_slice(&self.version.to_le_bytes());
@@ -194,6 +200,8 @@ impl Handshake {
             2 => Kind::Ack,
             3 => Kind::Bye,
             4 => Kind::Up,
+            5 => Kind::Ask,
+            6 => Kind::Answer,
             _ => return None,
         };
         let version = u16::from_le_bytes([frame[2], frame[3]]);
@@ -274,6 +282,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         self.lock().poll_fill(cx).map_ok(|n| n > 0)
     }
 
+    /// Whether what was heard is a handshake's first byte, where a session may begin: no session begins with it.
+    pub(crate) fn at_handshake(&self) -> bool {
+        let inner = self.lock();
+        inner.marked || inner.raw[inner.start..inner.end].first() == Some(&MARKER[0])
+    }
+
     /// The next handshake frame, whatever comes before it; `None` at the end of the line.
     pub(crate) async fn next_handshake(&self) -> io::Result<Option<Handshake>> {
         let mut skip = vec![0; 4096];
@@ -324,6 +338,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     /// Whether a session ended because the other side began anew.
     pub(crate) fn began_anew(&self) -> bool {
         self.lock().marked
+    }
+
+    /// The other side began anew, as was heard before a session.
+    pub(crate) fn set_anew(&self) {
+        self.lock().marked = true;
     }
 
     /// Begins a session in our direction: drops what was not sent yet and sends the frame.

@@ -1,5 +1,6 @@
 //! The guest agent's executable: process 1 in our images, an ordinary service elsewhere.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -100,27 +101,34 @@ async fn serve(listen: Listen) -> std::io::Result<()> {
         Listen::Virtio => virtio(agent).await,
         Listen::Unix(path) => {
             let listener = tokio::net::UnixListener::bind(path)?;
+            agent.watch(&listener)?;
             loop {
                 let (line, _) = listener.accept().await?;
-                let agent = agent.clone();
-                tokio::spawn(async move { report(agent.serve(line, Line::Once).await) });
+                serve_socket(&agent, line.into_std()?.into())?;
             }
         }
         Listen::Tcp(address) => {
             let listener = tokio::net::TcpListener::bind(address).await?;
+            agent.watch(&listener)?;
             loop {
                 let (line, _) = listener.accept().await?;
                 line.set_nodelay(true)?;
-                let agent = agent.clone();
-                tokio::spawn(async move { report(agent.serve(line, Line::Once).await) });
+                serve_socket(&agent, line.into_std()?.into())?;
             }
         }
     }
 }
 
+fn serve_socket(agent: &Agent, socket: OwnedFd) -> std::io::Result<()> {
+    let serves = agent.serve_port(Port::socket(socket)?, Line::Once);
+    tokio::spawn(async move { report(serves.await) });
+    Ok(())
+}
+
 async fn virtio(agent: Agent) -> std::io::Result<()> {
     let mut served: Vec<PathBuf> = Vec::new();
     let mut waited = Duration::ZERO;
+    let mut looks = Some(agent.hold());
     loop {
         for node in ports() {
             if !served.contains(&node) {
@@ -129,8 +137,8 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
                     waited = Duration::ZERO;
                 }
                 let port = Port::open(&node)?;
-                let agent = agent.clone();
-                tokio::spawn(async move { report(agent.serve(port, Line::Lasting).await) });
+                let serves = agent.serve_port(port, Line::Lasting);
+                tokio::spawn(async move { report(serves.await) });
                 served.push(node);
             }
         }
@@ -139,12 +147,16 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
             return Err(std::io::Error::new(std::io::ErrorKind::NotFound, message));
         }
         if !served.is_empty() && waited > LATE {
+            drop(looks.take());
             std::future::pending::<()>().await;
         }
         let pause = if served.is_empty() { LOOKS } else { LOOKS.max(waited) };
         tokio::select! {
             // What has not appeared by then never will, and nobody who goes on from here is to look for it.
-            () = agent.prepares() => std::future::pending().await,
+            () = agent.prepares() => {
+                drop(looks.take());
+                std::future::pending().await
+            }
             () = tokio::time::sleep(pause) => {}
         }
         waited += pause;

@@ -1,6 +1,9 @@
 //! Drives a multiplexed session over the link.
 
-use std::task::{Poll, ready};
+mod before;
+
+use std::collections::VecDeque;
+use std::task::Poll;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
@@ -8,6 +11,7 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use yamux::{Config, Connection, Mode};
 
 use crate::link::Link;
+use crate::protocol::Answer;
 
 /// One stream of a session, with flow control of its own. Dropped without having been shut down, it is reset.
 pub(crate) type Stream = Compat<yamux::Stream>;
@@ -19,14 +23,40 @@ const WINDOW: usize = 256 * 1024;
 
 /// Opens streams of a session.
 #[derive(Clone, Debug)]
-pub(crate) struct Opener(mpsc::UnboundedSender<oneshot::Sender<Stream>>);
+pub(crate) struct Opener(mpsc::UnboundedSender<Wanted>);
+
+/// What is wanted of a session.
+#[derive(Debug)]
+pub(crate) enum Wanted {
+    Stream(oneshot::Sender<Stream>),
+    /// An answer to a request, if the session has not begun; nothing if it has.
+    Answer(Vec<u8>, oneshot::Sender<Option<Answer>>),
+    /// What was wanted before has been said.
+    Said(oneshot::Sender<()>),
+}
 
 impl Opener {
     /// A new stream; `None` when the session is over.
     pub(crate) async fn open(&self) -> Option<Stream> {
         let (reply, stream) = oneshot::channel();
-        self.0.send(reply).ok()?;
+        self.0.send(Wanted::Stream(reply)).ok()?;
         stream.await.ok()
+    }
+
+    /// The answer to a request, as a handshake carries it, if the session has not begun: `Some(None)` when it has, and `None` when it
+    /// is over. Dropped, it ends what was begun.
+    pub(crate) async fn ask(&self, request: Vec<u8>) -> Option<Option<Answer>> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Wanted::Answer(request, reply)).ok()?;
+        answer.await.ok()
+    }
+
+    /// Returns when what was wanted before has been said, and what was let go of.
+    pub(crate) async fn settle(&self) {
+        let (reply, said) = oneshot::channel();
+        if self.0.send(Wanted::Said(reply)).is_ok() {
+            let _ = said.await;
+        }
     }
 
     pub(crate) fn is_same(&self, other: &Opener) -> bool {
@@ -58,38 +88,40 @@ where
     config.set_max_num_streams(STREAMS);
     config.set_max_connection_receive_window(Some(STREAMS * WINDOW));
     let mut connection = Connection::new(link.clone(), config, mode);
-    let (open, mut opens) = mpsc::unbounded_channel::<oneshot::Sender<Stream>>();
+    let (open, mut opens) = mpsc::unbounded_channel();
     let opener = Opener(open);
     let mut arrived = arrived(opener.clone());
     let drive = async move {
-        let mut next: Option<oneshot::Sender<Stream>> = None;
+        let mut before = VecDeque::new();
+        if mode == Mode::Client && !before::is_begun(&link, &mut opens, &mut before).await {
+            return;
+        }
+        let mut next: Option<Next> = None;
         let mut openers = true;
-        // The multiplexer speaks as soon as it is driven. One that nobody needs yet is not: its other side would be woken for nothing.
-        let mut idle = true;
         std::future::poll_fn(move |cx| {
             loop {
-                if idle {
-                    match opens.poll_recv(cx) {
-                        Poll::Ready(Some(reply)) => next = Some(reply),
-                        Poll::Ready(None) => return Poll::Ready(()),
-                        // Also its end: whoever holds the session is to know.
-                        Poll::Pending => drop(ready!(link.poll_heard(cx))),
-                    }
-                    idle = false;
-                }
-                if next.is_none() && openers {
-                    match opens.poll_recv(cx) {
-                        Poll::Ready(Some(reply)) => next = Some(reply),
+                while next.is_none() && openers {
+                    let wanted = match before.pop_front() {
+                        Some(wanted) => Poll::Ready(Some(wanted)),
+                        None => opens.poll_recv(cx),
+                    };
+                    match wanted {
+                        Poll::Ready(Some(Wanted::Stream(reply))) => next = Some(Next::Stream(reply)),
+                        Poll::Ready(Some(Wanted::Said(reply))) => next = Some(Next::Said(reply)),
+                        Poll::Ready(Some(Wanted::Answer(_, reply))) => drop(reply.send(None)),
                         // Every handle on this session is gone.
                         Poll::Ready(None) => openers = false,
-                        Poll::Pending => {}
+                        Poll::Pending => break,
                     }
                 }
                 if next.is_some() {
                     match connection.poll_new_outbound(cx) {
                         Poll::Ready(Ok(stream)) => {
-                            if let Some(reply) = next.take() {
-                                let _ = reply.send(stream.compat());
+                            match next.take() {
+                                Some(Next::Stream(reply)) => drop(reply.send(stream.compat())),
+                                // What was let go of before comes before a new stream.
+                                Some(Next::Said(reply)) => drop(reply.send(())),
+                                None => {}
                             }
                             continue;
                         }
@@ -116,4 +148,10 @@ where
         .await;
     };
     (drive, opener)
+}
+
+/// Who gets the next stream.
+enum Next {
+    Stream(oneshot::Sender<Stream>),
+    Said(oneshot::Sender<()>),
 }

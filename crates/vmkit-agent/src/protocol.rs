@@ -13,7 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// The longest message: arguments and environment of a command fit, a runaway length does not.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
-/// The first message of a stream that the host opens.
+/// The first message of a stream that the host opens. Those that need no stream for long are also made without one, while there is
+/// no session yet: see [`Request::is_short`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Execute; the stream becomes the command's control stream.
@@ -33,6 +34,29 @@ pub enum Request {
     Freeze(bool),
     /// A machine that was made ahead of time gets what it is to be.
     Bind(Bind),
+    /// The stream becomes the control stream of a command that was begun before there was a session.
+    Adopt(u64),
+}
+
+impl Request {
+    /// Whether it may be made before a session has begun: a guest that goes on from a saved execution does everything for the first
+    /// time again, and a session is much to do for one answer.
+    pub fn is_short(&self) -> bool {
+        match self {
+            Request::Exec(command) => command.whole && !command.stdin && !command.detached,
+            Request::Ping(_) | Request::Clock(_) | Request::Freeze(_) | Request::Bind(_) => true,
+            Request::Stdin(_) | Request::Shutdown | Request::Prepare(_) | Request::Adopt(_) => false,
+        }
+    }
+}
+
+/// What there is to say to a request that was made without a session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// What its stream would have carried.
+    pub replies: Vec<Reply>,
+    /// That was not all: a session is to adopt it.
+    pub goes_on: bool,
 }
 
 /// What a guest is like that others will go on from.

@@ -8,26 +8,28 @@
 //! ```
 //!
 //! Most commands are over before the agent first looks, and have said little: all that there is to tell is then told in one
-//! message, and nothing is set up that would wait for more. Of the others, the exit is told as soon as the process has ended,
+//! message, and nothing is set up that would wait for more. That needs no session either: see [`Command::is_over`]. Of the others, the exit is told as soon as the process has ended,
 //! also when a child of it keeps its output open. The control stream ends when both outputs are spoken for.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
+use super::quiet::Quiet;
 use super::spawn::Process;
-use super::{MAX_EXECS, lock, procs};
+use super::{ENDS, Inner, MAX_EXECS, lock, procs};
 use crate::mux::{Opener, Stream};
 use crate::protocol::{self, Control, Exit, Header, Reply, Which};
 
@@ -53,7 +55,8 @@ pub(super) struct Running {
 
 /// Whether a command outlives its session.
 pub(super) struct Life {
-    session: Opener,
+    /// Which it is of, once that has begun.
+    session: OnceLock<Opener>,
     detached: bool,
     frozen: AtomicBool,
     /// Its session was lost while the guest was saved: nobody ends it for that any more.
@@ -75,13 +78,16 @@ pub(super) struct Slot {
 
 impl Running {
     /// `None` when the session has too many already.
-    pub(super) fn enter(&self, session: &Opener, detached: bool) -> Option<Slot> {
+    pub(super) fn enter(&self, session: Option<&Opener>, detached: bool) -> Option<Slot> {
         let mut all = lock(&self.all);
-        if all.values().filter(|life| life.session.is_same(session)).count() >= MAX_EXECS {
-            return None;
+        if let Some(session) = session {
+            let same = |life: &&Arc<Life>| life.session.get().is_some_and(|its| its.is_same(session));
+            if all.values().filter(same).count() >= MAX_EXECS {
+                return None;
+            }
         }
         let life = Arc::new(Life {
-            session: session.clone(),
+            session: session.cloned().map_or_else(OnceLock::new, OnceLock::from),
             detached,
             frozen: AtomicBool::new(self.frozen.load(Ordering::Relaxed)),
             kept: AtomicBool::new(false),
@@ -116,36 +122,109 @@ impl Drop for Slot {
     }
 }
 
-pub(super) struct Exec {
+/// A command that was started.
+pub(super) struct Command {
     pub id: u64,
-    pub process: Process,
-    pub control: Stream,
-    pub opener: Opener,
-    pub slot: Slot,
-    pub holds: mpsc::Sender<()>,
-    pub stdin: Option<oneshot::Receiver<Stream>>,
-    /// Its start may be told with its end.
-    pub whole: bool,
+    pid: Pid,
+    outputs: [Output; 2],
+    exit: oneshot::Receiver<Exit>,
+    exited: Option<Exit>,
+    slot: Slot,
 }
 
-pub(super) async fn run(exec: Exec) {
-    let Exec { id, process, control, opener, slot, holds, stdin, whole } = exec;
-    let Process { pid, stdin: to_process, outputs: [stdout, stderr], mut exit } = process;
-    let (from_host, mut to_host) = tokio::io::split(control);
-    let mut outputs = [Output::new(Which::Stdout, stdout), Output::new(Which::Stderr, stderr)];
-    let mut news = vec![Reply::Started(pid.as_raw_nonzero().get().unsigned_abs())];
-    // What is fed may wait for its input before it ends.
-    let brief = stdin.is_none();
-    if !(whole && brief) {
-        tell(&mut to_host, &mut news).await;
+/// Its input, and the stream that brings it.
+pub(super) type Input = (OwnedFd, oneshot::Receiver<Stream>);
+
+/// Its session.
+pub(super) struct Host {
+    pub control: Stream,
+    pub opener: Opener,
+    pub holds: mpsc::Sender<()>,
+}
+
+impl Command {
+    /// It, and what it reads from.
+    pub fn new(id: u64, process: Process, slot: Slot) -> (Command, Option<OwnedFd>) {
+        let Process { pid, stdin, outputs: [stdout, stderr], exit } = process;
+        let outputs = [Output::new(Which::Stdout, stdout), Output::new(Which::Stderr, stderr)];
+        (Command { id, pid, outputs, exit, exited: None, slot }, stdin)
     }
-    let alive = Arc::new(AtomicBool::new(true));
+
+    pub fn started(&self) -> Reply {
+        Reply::Started(self.pid.as_raw_nonzero().get().unsigned_abs())
+    }
+
+    /// Waits for its end for as long as it is a brief one, and until its host says something.
+    pub async fn is_over(&mut self, quiet: &Quiet, host: impl Future) {
+        let mut host = pin!(host);
+        let mut looks = Looks::default();
+        loop {
+            tokio::select! {
+                biased;
+                status = &mut self.exit => {
+                    self.exited = status.ok();
+                    return;
+                }
+                _ = &mut host => return,
+                () = quiet.pause(looks.pause) => {}
+            }
+            if !looks.are_worth_it(&mut self.outputs) {
+                return;
+            }
+        }
+    }
+
+    /// All that there is to tell, when it has ended and nobody else has its outputs.
+    pub fn all(&mut self) -> Option<Vec<Reply>> {
+        let exited = self.exited?;
+        self.outputs.iter_mut().for_each(Output::look);
+        if self.outputs.iter().any(|output| output.pipe.is_some()) {
+            return None;
+        }
+        let mut replies = vec![self.started()];
+        let connected = self.outputs.iter_mut().filter(|output| output.connected);
+        replies.extend(connected.map(|output| Reply::Said(output.which, std::mem::take(&mut output.said))));
+        replies.push(Reply::Exited(exited));
+        Some(replies)
+    }
+
+    /// It is of this session from now on.
+    pub fn is_adopted_by(&self, session: &Opener) {
+        let _ = self.slot.life.session.set(session.clone());
+    }
+
+    /// Ends it, since no session will adopt it; one that outlives sessions goes on unheard.
+    pub async fn let_go(mut self, agent: &Inner) {
+        let busy = agent.quiet.busy();
+        if self.slot.life.outlives() {
+            tokio::spawn(async move {
+                let _busy = busy;
+                let pipes = self.outputs.iter_mut().filter_map(|output| output.pipe.take());
+                let pipes = pipes.filter_map(|pipe| pipe::Receiver::from_owned_fd_unchecked(pipe).ok());
+                join_all(pipes.map(|mut pipe| async move { discard(&mut pipe, &mut [0; FIRST]).await })).await;
+                if self.exited.is_none() {
+                    let _ = self.exit.await;
+                }
+            });
+        } else if self.exited.is_none() {
+            procs::signal(self.pid, Signal::KILL, true);
+            let _ = timeout(ENDS, self.exit).await;
+        }
+    }
+}
+
+/// Runs it to its end in its session. `looks`: it may be over before anything is set up. `news` is to be told first.
+pub(super) async fn run(mut command: Command, host: Host, input: Option<Input>, looks: bool, mut news: Vec<Reply>) {
+    let Host { control, opener, holds } = host;
+    let (from_host, mut to_host) = tokio::io::split(control);
+    let alive = Arc::new(AtomicBool::new(command.exited.is_none()));
     let (says, mut replies) = mpsc::unbounded_channel();
-    let mut listener = Some(listen(from_host, pid, slot.life.clone(), alive.clone(), says.clone()).boxed());
-    let mut exited = match brief {
-        true => is_brief(&mut exit, &mut outputs, &mut listener, &mut to_host, &mut news).await,
-        false => None,
-    };
+    let life = command.slot.life.clone();
+    let mut listener = Some(listen(from_host, command.pid, life, alive.clone(), says.clone()).boxed());
+    if looks {
+        command.is_brief(&mut listener, &mut to_host, &mut news).await;
+    }
+    let Command { id, outputs, mut exit, mut exited, slot, .. } = command;
     alive.store(exited.is_none(), Ordering::Relaxed);
     let mut spoken_for = 0;
     let mut open = Vec::new();
@@ -168,7 +247,7 @@ pub(super) async fn run(exec: Exec) {
         return;
     }
 
-    if let (Some(pipe), Some(stream)) = (to_process, stdin)
+    if let Some((pipe, stream)) = input
         && let Ok(pipe) = pipe::Sender::from_owned_fd_unchecked(pipe)
     {
         tokio::spawn(feed(stream, pipe));
@@ -235,37 +314,58 @@ pub(super) async fn run(exec: Exec) {
     }
 }
 
-/// Waits for the end of a command for as long as it says nothing, and a moment longer: nothing is set up yet that would wait
-/// for what it says. Only its host is listened to, until that is done; it is told `news` once the command is not over at once.
-async fn is_brief(
-    exit: &mut oneshot::Receiver<Exit>,
-    outputs: &mut [Output; 2],
-    listener: &mut Option<BoxFuture<'static, ()>>,
-    to_host: &mut WriteHalf<Stream>,
-    news: &mut Vec<Reply>,
-) -> Option<Exit> {
-    let (mut pause, mut spoke) = (BRIEF, false);
-    while let Some(host) = listener
-        && pause < QUIET
-    {
-        tokio::select! {
-            biased;
-            status = &mut *exit => return status.ok(),
-            () = host => *listener = None,
-            () = sleep(pause) => {}
+impl Command {
+    /// Waits for its end for as long as it is a brief one: nothing is set up yet that would wait for what it says. Only its host is
+    /// listened to, until that is done; it is told `news` once the command is not over at once.
+    async fn is_brief(
+        &mut self,
+        listener: &mut Option<BoxFuture<'static, ()>>,
+        to_host: &mut WriteHalf<Stream>,
+        news: &mut Vec<Reply>,
+    ) {
+        let mut looks = Looks::default();
+        while let Some(host) = listener {
+            tokio::select! {
+                biased;
+                status = &mut self.exit => {
+                    self.exited = status.ok();
+                    return;
+                }
+                () = host => *listener = None,
+                () = sleep(looks.pause) => {}
+            }
+            tell(to_host, news).await;
+            if !looks.are_worth_it(&mut self.outputs) {
+                return;
+            }
         }
-        tell(to_host, news).await;
-        for output in &mut *outputs {
-            output.look();
+    }
+}
+
+/// How often a command is looked at that may be a brief one.
+struct Looks {
+    pause: Duration,
+    spoke: bool,
+}
+
+impl Default for Looks {
+    fn default() -> Looks {
+        Looks { pause: BRIEF, spoke: false }
+    }
+}
+
+impl Looks {
+    /// Looks, and says whether to look again: as long as it says nothing, and a moment longer.
+    fn are_worth_it(&mut self, outputs: &mut [Output; 2]) -> bool {
+        outputs.iter_mut().for_each(Output::look);
+        // More than fits here is not brief.
+        if self.spoke || outputs.iter().any(|output| output.said.len() == FIRST) {
+            return false;
         }
         let speaks = outputs.iter().any(|output| !output.said.is_empty());
-        // More than fits here is not brief.
-        if spoke || outputs.iter().any(|output| output.said.len() == FIRST) {
-            return None;
-        }
-        (pause, spoke) = if speaks { (BRIEF, true) } else { (pause * 2, false) };
+        (self.pause, self.spoke) = if speaks { (BRIEF, true) } else { (self.pause * 2, false) };
+        self.pause < QUIET
     }
-    None
 }
 
 /// One of a command's outputs, as far as it was looked at.
@@ -403,13 +503,17 @@ async fn drain(
             return;
         }
         drop(stream.take());
-        while pipe.read(&mut chunk).await.is_ok_and(|n| n > 0) {}
-        return;
+        return discard(&mut pipe, &mut chunk).await;
     }
     match stream {
         Some(mut stream) => drop(stream.shutdown().await),
         None => drop(says.send(Event::Said(header.which, Vec::new()))),
     }
+}
+
+/// What nobody hears must not hold up who says it.
+async fn discard(pipe: &mut pipe::Receiver, chunk: &mut [u8]) {
+    while pipe.read(chunk).await.is_ok_and(|n| n > 0) {}
 }
 
 async fn begin(opener: &Opener, header: Header) -> Option<Stream> {
@@ -419,14 +523,14 @@ async fn begin(opener: &Opener, header: Header) -> Option<Stream> {
 }
 
 /// Says what is new. When that fails the session is gone, and the reader of the control stream sees it as well.
-async fn tell(to: &mut WriteHalf<Stream>, news: &mut Vec<Reply>) {
+pub(super) async fn tell(to: &mut (impl AsyncWrite + Unpin), news: &mut Vec<Reply>) {
     let news = std::mem::take(news);
     if !news.is_empty() {
         let _ = say(to, &news).await;
     }
 }
 
-async fn say(to: &mut WriteHalf<Stream>, replies: &[Reply]) -> std::io::Result<()> {
+async fn say(to: &mut (impl AsyncWrite + Unpin), replies: &[Reply]) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     for reply in replies {
         bytes.extend(protocol::encode(reply)?);

@@ -1,11 +1,13 @@
 //! The guest's side: sessions with hosts, the processes they start, and the duties of process 1.
 
 mod bind;
+mod chores;
 mod exec;
 mod init;
 mod machine_id;
 mod port;
 mod procs;
+mod quiet;
 mod reaper;
 mod renew;
 mod rest;
@@ -17,6 +19,8 @@ mod vfork;
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,12 +28,14 @@ use futures::future::abortable;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::JoinHandle;
 use yamux::Mode;
 
 use crate::link::{Handshake, Kind, Link, VERSION};
 use crate::mux::{Opener, Stream, session};
-use crate::protocol::{self, ExecRequest, Failure, Prepare, Renew, Reply, Request};
+use crate::protocol::{self, Answer, ExecRequest, Failure, Prepare, Renew, Reply, Request};
+
+use exec::Command;
 
 pub use init::{Init, give_up, init};
 pub use port::{NAME as PORT_NAME, Port, ports};
@@ -39,15 +45,13 @@ const MAX_EXECS: usize = 256;
 /// How long the next session waits for what the last one ran to be gone.
 const ENDS: Duration = Duration::from_secs(3);
 
-/// How long after a guest became another it writes that down, should nothing make it do so before: most are gone by then, and a pool
-/// that is being filled is not kept from it by those that are ready. One that is killed before boots as somebody new.
-const SETTLES: Duration = Duration::from_secs(60);
-
 /// The agent of one guest; serves any number of lines at once.
 #[derive(Clone)]
 pub struct Agent(Arc<Inner>);
 
 struct Inner {
+    quiet: quiet::Quiet,
+    chores: chores::Chores,
     reaper: reaper::Reaper,
     spares: spare::Spares,
     /// Every command that runs, of every session: a suspend freezes them all.
@@ -60,8 +64,6 @@ struct Inner {
     prepares: Notify,
     /// When a host last said good-bye, by the clock that stands still while a machine is saved.
     left: Mutex<Option<Timespec>>,
-    /// Who will write down who this guest is.
-    settles: Mutex<Option<AbortHandle>>,
 }
 
 /// Whether a line goes on after its end was read.
@@ -79,16 +81,48 @@ impl Agent {
     /// # Errors
     /// When signals cannot be received.
     pub fn new() -> io::Result<Agent> {
-        Ok(Agent(Arc::new(Inner {
-            reaper: reaper::Reaper::start()?,
+        let quiet = quiet::Quiet::new()?;
+        let inner = Arc::new(Inner {
+            chores: chores::Chores::default(),
+            reaper: reaper::Reaper::start(&quiet)?,
+            quiet,
             spares: spare::Spares::default(),
             running: exec::Running::default(),
             env: Mutex::default(),
             left: Mutex::default(),
-            settles: Mutex::default(),
             prepared: Mutex::default(),
             prepares: Notify::new(),
-        })))
+        });
+        tokio::spawn(chores::Chores::keep_doing(inner.clone()));
+        Ok(Agent(inner))
+    }
+
+    /// What is waited for beside lines: [`serve_port`](Agent::serve_port) is to leave the thread to whoever waits for it.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn watch(&self, other: impl AsFd) -> io::Result<()> {
+        self.0.quiet.watch_other(other)
+    }
+
+    /// For as long as what is returned is held, [`serve_port`](Agent::serve_port) leaves the thread to others.
+    pub fn hold(&self) -> impl Send + use<> {
+        self.0.quiet.busy()
+    }
+
+    /// [`serve`](Agent::serve), which keeps the thread while there is nothing else to do for the agent: nobody else may use the
+    /// runtime, except who [holds](Agent::hold) the agent or waits for what it [watches](Agent::watch).
+    ///
+    /// # Errors
+    /// As it.
+    pub fn serve_port(&self, port: Port, kind: Line) -> impl Future<Output = io::Result<()>> + Send + use<> {
+        let agent = self.clone();
+        // Until it has had its first turn.
+        let busy = self.0.quiet.busy();
+        async move {
+            let number = agent.0.quiet.watch_line(&port)?;
+            quiet::serve(&agent.0, number, busy, agent.serve_line(port, kind, number)).await
+        }
     }
 
     /// Returns when what this guest is now is about to be saved, for others to go on from. For one caller.
@@ -105,26 +139,57 @@ impl Agent {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        self.serve_line(line, kind, quiet::NONE).await
+    }
+
+    async fn serve_line<S>(&self, line: S, kind: Line, number: u64) -> io::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (mut session, mut host) = (None, None);
+        let served = self.serve_hosts(line, kind, number, &mut session, &mut host).await;
+        end(session, &self.0).await;
+        end_alone(host.and_then(|host: Host| host.alone), &self.0).await;
+        served
+    }
+
+    /// `session` is under way; with `host`, none was begun yet.
+    async fn serve_hosts<S>(
+        &self,
+        line: S,
+        kind: Line,
+        number: u64,
+        session: &mut Option<Live>,
+        host: &mut Option<Host>,
+    ) -> io::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let link = Link::new(line);
         // A guest that reboots does so with its host on the line, which else would wait for ever for what the agent before was told.
         let up = Handshake { kind: Kind::Up, version: VERSION, nonce: [0; 16], payload: Vec::new() };
         let mut unsaid = kind == Line::Lasting;
-        let mut session: Option<Live> = None;
-        let mut begins = false;
         loop {
-            if std::mem::take(&mut begins) {
-                // Nothing is set up before its host says something: a machine that is ready may wait for that for long.
-                match (link.heard().await?, kind) {
-                    (true, _) => session = Some(self.begin(link.clone())),
-                    (false, Line::Once) => return Ok(()),
-                    (false, Line::Lasting) => continue,
+            if let Some(waits) = host {
+                // Nothing is set up before it says something: a machine that is ready may wait for that for long.
+                if !link.heard().await? {
+                    end_alone(waits.alone.take(), &self.0).await;
+                    *host = None;
+                    match kind {
+                        Line::Once => return Ok(()),
+                        Line::Lasting => continue,
+                    }
+                }
+                if !link.at_handshake() {
+                    *session = Some(self.begin(link.clone(), waits.alone.take()));
+                    *host = None;
                 }
             }
-            if let Some(live) = &mut session {
+            if let Some(live) = session {
                 tokio::select! {
                     biased;
                     () = link.interrupted() => {}
-                    _ = &mut live.ends => session = None,
+                    _ = &mut live.ends => *session = None,
                 }
             }
             let mut next = std::pin::pin!(link.next_handshake());
@@ -142,7 +207,7 @@ impl Agent {
                 false => next.await?,
             };
             let Some(hello) = heard else {
-                end(session.take()).await;
+                end(session.take(), &self.0).await;
                 match kind {
                     Line::Once => return Ok(()),
                     Line::Lasting => continue,
@@ -150,8 +215,26 @@ impl Agent {
             };
             match hello.kind {
                 Kind::Hello | Kind::Bye => unsaid = false,
-                Kind::Ack | Kind::Up => {
-                    end(session.take()).await;
+                Kind::Ask if hello.version == VERSION && host.is_some() => {
+                    if let Some(waits) = host
+                        && let Some(answer) = self.asked(&link, number, waits, &hello.payload).await
+                    {
+                        let payload = protocol::payload(&answer);
+                        let nonce = hello.nonce;
+                        link.send_handshake(&Handshake { kind: Kind::Answer, version: VERSION, nonce, payload })
+                            .await?;
+                        self.0.spare_soon();
+                    }
+                    continue;
+                }
+                Kind::Ask => {
+                    // It was told to somebody who is not there any more.
+                    end(session.take(), &self.0).await;
+                    link.send_handshake(&up).await?;
+                    continue;
+                }
+                Kind::Ack | Kind::Up | Kind::Answer => {
+                    end(session.take(), &self.0).await;
                     continue;
                 }
             }
@@ -161,14 +244,17 @@ impl Agent {
                 session.iter().for_each(|live| live.drive.abort());
                 *lock(&self.0.left) = Some(clock_gettime(ClockId::Monotonic));
             } else {
-                end(session.take()).await;
+                end(session.take(), &self.0).await;
+            }
+            if let Some(Host { alone }) = host.take() {
+                end_alone(alone, &self.0).await;
             }
             // Also to a host of another version: it is to know which one this is.
             let payload = if hello.version == VERSION { self.told(&hello.payload).await } else { Vec::new() };
             link.send_handshake(&Handshake { kind: Kind::Ack, version: VERSION, nonce: hello.nonce, payload }).await?;
             match hello.kind {
-                Kind::Hello if hello.version == VERSION => begins = true,
-                _ => end(session.take()).await,
+                Kind::Hello if hello.version == VERSION => *host = Some(Host::default()),
+                _ => end(session.take(), &self.0).await,
             }
         }
     }
@@ -182,12 +268,7 @@ impl Agent {
             Ok(renew) => match renew::apply(&renew, &self.0).await {
                 Ok(renewed) => {
                     if renew.fork.is_some() {
-                        let inner = self.0.clone();
-                        let settles = tokio::spawn(async move {
-                            tokio::time::sleep(SETTLES).await;
-                            renew::settle(&inner);
-                        });
-                        *lock(&self.0.settles) = Some(settles.abort_handle());
+                        self.0.settle_later();
                     }
                     Reply::Renewed(renewed)
                 }
@@ -198,24 +279,108 @@ impl Agent {
         protocol::payload(&reply)
     }
 
-    fn begin<S>(&self, link: Link<S>) -> Live
+    /// Does what needs no session. Nothing is to be said to a host that only wants to be told soon: it is, or it was.
+    async fn asked<S>(&self, link: &Link<S>, number: u64, host: &mut Host, payload: &[u8]) -> Option<Answer>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        if payload.is_empty() {
+            return None;
+        }
+        let only = |reply| Some(Answer { replies: vec![reply], goes_on: false });
+        let request = match protocol::decode::<Request>(payload) {
+            Ok(request) if request.is_short() => request,
+            Ok(_) => return only(Reply::Failed(Failure::Invalid, "that takes a session".into())),
+            Err(error) => return only(Reply::Failed(Failure::Invalid, error.to_string())),
+        };
+        end_alone(host.alone.take(), &self.0).await;
+        let request = match self.reply(request) {
+            ControlFlow::Break(reply) => return only(reply),
+            ControlFlow::Continue(Request::Exec(request)) => request,
+            ControlFlow::Continue(_) => return only(Reply::Failed(Failure::Invalid, "that takes a session".into())),
+        };
+        let mut command = match self.start(&request, None) {
+            Ok((command, _)) => command,
+            Err((failure, message)) => return only(Reply::Failed(failure, message)),
+        };
+        let waits = self.0.quiet.waits(number);
+        command.is_over(&self.0.quiet, link.heard()).await;
+        drop(waits);
+        if let Some(replies) = command.all() {
+            return Some(Answer { replies, goes_on: false });
+        }
+        let replies = vec![command.started()];
+        host.alone = Some(command);
+        Some(Answer { replies, goes_on: true })
+    }
+
+    /// Does what is done at once, or gives the request back.
+    fn reply(&self, request: Request) -> ControlFlow<Reply, Request> {
+        ControlFlow::Break(match request {
+            Request::Ping(number) => Reply::Pong(number),
+            Request::Freeze(on) => {
+                self.0.running.freeze(on);
+                if !on {
+                    *lock(&self.0.left) = None;
+                    // It goes on as who it was, also after it was made ready for others to go on from.
+                    renew::settle(&self.0);
+                }
+                Reply::Done
+            }
+            Request::Bind(binding) => match bind::apply(binding, &self.0.env) {
+                Ok(()) => Reply::Done,
+                Err((failure, message)) => Reply::Failed(failure, message),
+            },
+            Request::Clock(now) => match renew::set_clock(now) {
+                Ok(()) => Reply::Done,
+                Err(message) => Reply::Failed(Failure::Other, message),
+            },
+            other => return ControlFlow::Continue(other),
+        })
+    }
+
+    /// Starts a command, and returns what it reads from with it.
+    fn start(
+        &self,
+        request: &ExecRequest,
+        session: Option<&Opener>,
+    ) -> Result<(Command, Option<OwnedFd>), (Failure, String)> {
+        let Some(slot) = self.0.running.enter(session, request.detached) else {
+            return Err((Failure::Limit, format!("{MAX_EXECS} commands run already in this session")));
+        };
+        let bound = lock(&self.0.env).clone();
+        spawn::spawn(request, &bound, &self.0).map(|process| Command::new(request.id, process, slot))
+    }
+
+    fn begin<S>(&self, link: Link<S>, alone: Option<Command>) -> Live
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         link.begin();
+        let busy = self.0.quiet.busy();
         let (holds, mut ended) = mpsc::channel::<()>(1);
         let agent = self.clone();
+        let alone = Arc::new(Mutex::new(alone));
+        let adopts = alone.clone();
         let (drive, _) = session(link, Mode::Server, |opener| {
-            let session = Session { agent, opener, stdins: Arc::default(), holds };
+            let session = Session { agent, opener, stdins: Arc::default(), adopts, holds };
             move |stream| drop(tokio::spawn(session.clone().stream(stream)))
         });
         let (drive, abort) = abortable(drive);
         let ends = tokio::spawn(async move {
+            let _busy = busy;
             let _ = drive.await;
             let _ = tokio::time::timeout(ENDS, ended.recv()).await;
         });
-        Live { drive: abort, ends }
+        Live { drive: abort, ends, alone }
     }
+}
+
+/// A host that was greeted.
+#[derive(Default)]
+struct Host {
+    /// A command that was not over at once; a session is to adopt it.
+    alone: Option<Command>,
 }
 
 /// A session that is under way; dropped, it ends.
@@ -224,6 +389,8 @@ struct Live {
     drive: futures::future::AbortHandle,
     /// Until what it started, and was not to outlive it, is gone.
     ends: JoinHandle<()>,
+    /// What it has not adopted yet.
+    alone: Arc<Mutex<Option<Command>>>,
 }
 
 impl Drop for Live {
@@ -232,10 +399,18 @@ impl Drop for Live {
     }
 }
 
-async fn end(session: Option<Live>) {
+async fn end(session: Option<Live>, agent: &Inner) {
     if let Some(mut session) = session {
         session.drive.abort();
         let _ = (&mut session.ends).await;
+        let alone = lock(&session.alone).take();
+        end_alone(alone, agent).await;
+    }
+}
+
+async fn end_alone(command: Option<Command>, agent: &Inner) {
+    if let Some(command) = command {
+        command.let_go(agent).await;
     }
 }
 
@@ -247,6 +422,8 @@ struct Session {
     agent: Agent,
     opener: Opener,
     stdins: Stdins,
+    /// What was begun before it.
+    adopts: Arc<Mutex<Option<Command>>>,
     /// Held by every command that the session's end is to end.
     holds: mpsc::Sender<()>,
 }
@@ -255,31 +432,22 @@ impl Session {
     async fn stream(self, mut stream: Stream) {
         // A stream that says nothing sensible is reset by being dropped.
         let Ok(Some(request)) = protocol::read(&mut stream).await else { return };
+        let request = match self.agent.reply(request) {
+            ControlFlow::Break(reply) => return answer(&mut stream, &reply).await,
+            ControlFlow::Continue(request) => request,
+        };
         match request {
             Request::Exec(request) => self.exec(request, stream).await,
+            Request::Adopt(id) => self.adopt(id, stream).await,
             Request::Stdin(id) => {
                 if let Some(command) = lock(&self.stdins).remove(&id) {
                     let _ = command.send(stream);
                 }
             }
-            Request::Ping(number) => answer(&mut stream, &Reply::Pong(number)).await,
-            Request::Freeze(on) => {
-                self.agent.0.running.freeze(on);
-                if !on {
-                    *lock(&self.agent.0.left) = None;
-                    // It goes on as who it was, also after it was made ready for others to go on from.
-                    renew::settle(&self.agent.0);
-                }
-                answer(&mut stream, &Reply::Done).await;
-            }
-            Request::Bind(binding) => match bind::apply(binding, &self.agent.0.env) {
-                Ok(()) => answer(&mut stream, &Reply::Done).await,
-                Err((failure, message)) => answer(&mut stream, &Reply::Failed(failure, message)).await,
-            },
             Request::Prepare(Prepare { rests }) => {
                 self.agent.0.prepares.notify_one();
                 // Not while others are made of what is on its disk: whoever has it prepared tells it when that is over.
-                lock(&self.agent.0.settles).take().iter().for_each(AbortHandle::abort);
+                self.agent.0.settle_not();
                 let inner = self.agent.0.clone();
                 // It may take long, and others are served meanwhile.
                 let _ = tokio::task::spawn_blocking(move || {
@@ -292,43 +460,65 @@ impl Session {
                 }
                 answer(&mut stream, &Reply::Done).await;
             }
-            Request::Clock(now) => match renew::set_clock(now) {
-                Ok(()) => answer(&mut stream, &Reply::Done).await,
-                Err(message) => answer(&mut stream, &Reply::Failed(Failure::Other, message)).await,
-            },
             Request::Shutdown => {
                 renew::settle(&self.agent.0);
                 self.agent.0.spares.stop();
                 answer(&mut stream, &Reply::Done).await;
-                tokio::spawn(shutdown::shutdown());
+                let busy = self.agent.0.quiet.busy();
+                tokio::spawn(async move {
+                    let _busy = busy;
+                    shutdown::shutdown().await;
+                });
             }
+            Request::Ping(_) | Request::Clock(_) | Request::Freeze(_) | Request::Bind(_) => {}
         }
     }
 
     async fn exec(self, request: ExecRequest, mut control: Stream) {
-        let Some(slot) = self.agent.0.running.enter(&self.opener, request.detached) else {
-            let message = format!("{MAX_EXECS} commands run already in this session");
-            return answer(&mut control, &Reply::Failed(Failure::Limit, message)).await;
-        };
         let (id, whole) = (request.id, request.whole);
         let stdin = request.stdin.then(|| {
             let (send, stream) = oneshot::channel();
             lock(&self.stdins).insert(id, send);
             stream
         });
-        let bound = lock(&self.agent.0.env).clone();
-        // The session's own handles are let go: only what its end is to end may hold it.
-        let Session { agent, opener, stdins, holds } = self;
-        match spawn::spawn(&request, &bound, &agent.0) {
-            Ok(process) => {
-                exec::run(exec::Exec { id, process, control, opener, slot, holds, stdin, whole }).await;
+        let (stdins, agent) = (self.stdins.clone(), self.agent.clone());
+        match agent.start(&request, Some(&self.opener)) {
+            Ok((command, to_process)) => {
+                let mut news = vec![command.started()];
+                if !whole || stdin.is_some() {
+                    exec::tell(&mut control, &mut news).await;
+                }
+                // What is fed may wait for its input before it ends.
+                let looks = stdin.is_none();
+                self.run(command, control, to_process.zip(stdin), looks, news).await;
             }
-            Err((failure, message)) => answer(&mut control, &Reply::Failed(failure, message)).await,
+            Err((failure, message)) => {
+                answer(&mut control, &Reply::Failed(failure, message)).await;
+                agent.0.spare_soon();
+            }
         }
         lock(&stdins).remove(&id);
+    }
+
+    async fn adopt(self, id: u64, mut control: Stream) {
+        let command = lock(&self.adopts).take_if(|command| command.id == id);
+        match command {
+            Some(command) => {
+                command.is_adopted_by(&self.opener);
+                self.run(command, control, None, false, Vec::new()).await;
+            }
+            None => answer(&mut control, &Reply::Failed(Failure::Invalid, "no such command".into())).await,
+        }
+    }
+
+    async fn run(self, command: Command, control: Stream, input: Option<exec::Input>, looks: bool, news: Vec<Reply>) {
+        // The session's own handles are let go: only what its end is to end may hold it.
+        let Session { agent, opener, holds, .. } = self;
+        let _busy = agent.0.quiet.busy();
+        exec::run(command, exec::Host { control, opener, holds }, input, looks, news).await;
         // What was said is sent first.
         tokio::task::yield_now().await;
-        agent.0.spares.make_soon();
+        agent.0.spare_soon();
     }
 }
 

@@ -1,4 +1,4 @@
-//! Virtio-serial ports.
+//! Virtio-serial ports, and sockets in their place.
 //!
 //! A port without a host reads as ended and polls as hung up, for as long as nobody comes. Level-triggered waiting would
 //! spin on that, and the runtime's own edge-triggered waiting never forgets a hang-up: so each port has an epoll of its own,
@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -35,10 +35,12 @@ pub fn ports() -> Vec<PathBuf> {
     found
 }
 
-/// A virtio-serial port. Reads as ended once when its host leaves, and then waits for the next.
+/// A virtio-serial port, or what is used as one. Reads as ended once when its host leaves, and then waits for the next.
 pub struct Port {
     file: OwnedFd,
     events: AsyncFd<OwnedFd>,
+    /// Its end is the end.
+    once: bool,
     ended: bool,
 }
 
@@ -49,11 +51,22 @@ impl Port {
     /// When it cannot be opened, or another process has it.
     pub fn open(node: &std::path::Path) -> io::Result<Port> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file: OwnedFd = File::from(rustix::fs::open(node, flags, Mode::empty())?).into();
+        Port::new(File::from(rustix::fs::open(node, flags, Mode::empty())?).into(), false)
+    }
+
+    /// A socket that does not block; it stays ended. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn socket(socket: OwnedFd) -> io::Result<Port> {
+        Port::new(socket, true)
+    }
+
+    fn new(file: OwnedFd, once: bool) -> io::Result<Port> {
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let interest = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         epoll::add(&events, &file, epoll::EventData::new_u64(0), interest)?;
-        Ok(Port { file, events: watch(events)?, ended: false })
+        Ok(Port { file, events: watch(events)?, once, ended: false })
     }
 
     /// Waits until something about the port has changed.
@@ -71,6 +84,12 @@ impl Port {
     }
 }
 
+impl AsFd for Port {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 #[expect(unsafe_code, reason = "the runtime cannot know that a descriptor stays the same one")]
 fn watch(events: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives, and `AsyncFd` owns it.
@@ -81,7 +100,7 @@ impl AsyncRead for Port {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             match rustix::io::read(&self.file, buf.initialize_unfilled()) {
-                Ok(0) if !self.ended => {
+                Ok(0) if self.once || !self.ended => {
                     self.ended = true;
                     return Poll::Ready(Ok(()));
                 }

@@ -17,6 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
 use super::lock;
+use super::quiet::Quiet;
 use crate::protocol::Exit;
 
 /// The counter's descriptor, for the handler. It is never closed: a handler may use it at any time.
@@ -27,12 +28,13 @@ pub(super) struct Reaper(Arc<Mutex<HashMap<i32, oneshot::Sender<Exit>>>>);
 
 impl Reaper {
     /// Once in a process; a second one takes over from the first.
-    pub(super) fn start() -> io::Result<Reaper> {
+    pub(super) fn start(quiet: &Quiet) -> io::Result<Reaper> {
         let reaper = Reaper::default();
         let counter = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         // Another name for the handler: that of the runtime is closed with the runtime.
         let handlers = rustix::io::fcntl_dupfd_cloexec(&counter, 0)?;
         ENDED.store(handlers.into_raw_fd(), Ordering::SeqCst);
+        quiet.watch_children(&counter)?;
         let counter = watch(counter)?;
         handle_child_signal()?;
         let own = reaper.clone();
@@ -57,7 +59,7 @@ impl Reaper {
     }
 
     /// Reaps what has ended by now.
-    fn reap(&self) {
+    pub(super) fn reap(&self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let exit = match (status.exit_status(), status.terminating_signal()) {
                 (Some(code), _) => Exit::Code(code),

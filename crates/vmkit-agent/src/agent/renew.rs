@@ -238,6 +238,7 @@ fn hooks(dir: &Path) -> Vec<PathBuf> {
 
 /// Executes a program to its end. The error says how it ended.
 async fn execute(program: &str, args: &[&str], agent: &Inner) -> Result<(), String> {
+    let _busy = agent.quiet.busy();
     let args = args.iter().map(|&arg| arg.to_owned()).collect();
     let request = ExecRequest { program: program.to_owned(), args, ..ExecRequest::default() };
     let process = spawn::spawn(&request, &[], agent).map_err(|(_, message)| format!("did not start: {message}"))?;

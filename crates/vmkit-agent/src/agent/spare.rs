@@ -17,22 +17,19 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, getpid, getppid, kill_process, set_parent_process_death_signal};
 use rustix::thread::futex;
 use rustix::time::Timespec;
-use tokio::time::sleep;
 
 use super::spawn::Started;
 use super::vfork::{self, Order, Plan, Step};
 use super::{lock, spawn};
 
-/// How long the agent does nothing before it makes one: whoever asks next is answered first.
-const REST: Duration = Duration::from_millis(150);
 /// How long a new one may take to be ready. It is worth no more.
 const READY: Duration = Duration::from_secs(2);
 /// How long it may take to do its part before it is looked at: somebody may have stopped it.
@@ -55,15 +52,13 @@ const FAILED: u32 = 5;
 const INPUT: RawFd = 3;
 
 /// The agent's spare, if it has one.
-#[derive(Clone, Default)]
-pub(super) struct Spares(Arc<Mutex<State>>);
+#[derive(Default)]
+pub(super) struct Spares(Mutex<State>);
 
 #[derive(Default)]
 enum State {
     #[default]
     None,
-    /// It is about to be made.
-    Soon,
     Made(Spare),
     /// There will be none any more.
     Never,
@@ -86,7 +81,7 @@ impl Spares {
     pub(super) fn make(&self) {
         let mut state = lock(&self.0);
         let missing = match &*state {
-            State::None | State::Soon => true,
+            State::None => true,
             State::Made(spare) => !spare.is_there(),
             State::Never => false,
         };
@@ -96,17 +91,9 @@ impl Spares {
         }
     }
 
-    /// Makes one in a moment, unless there is one by then.
-    pub(super) fn make_soon(&self) {
-        let mut state = lock(&self.0);
-        if matches!(&*state, State::None) {
-            *state = State::Soon;
-            let own = self.clone();
-            tokio::spawn(async move {
-                sleep(REST).await;
-                own.make();
-            });
-        }
+    /// Whether one can be made.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(&*lock(&self.0), State::None)
     }
 
     /// From now on there is none.

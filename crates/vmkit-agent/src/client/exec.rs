@@ -8,7 +8,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, WriteHalf};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
-use super::{AgentError, Arrived, Client, lock, send};
+use super::readers::Arrived;
+use super::{AgentError, Client, lock, send};
 use crate::mux::Stream;
 use crate::protocol::{Control, Exit, Which};
 
@@ -32,7 +33,8 @@ pub struct Exec {
 pub struct ExecControl {
     pub(super) to: Option<WriteHalf<Stream>>,
     pub(super) exit: watch::Receiver<Progress>,
-    pub(super) reader: JoinHandle<()>,
+    /// Absent when all has been read.
+    pub(super) reader: Option<JoinHandle<()>>,
     pub(super) detached: bool,
     /// Kept for as long as the command is held.
     pub(super) session: Client,
@@ -77,7 +79,7 @@ impl Drop for ExecControl {
     fn drop(&mut self) {
         // The control stream's end is what kills it. One that has ended still has to say what its outputs were.
         if matches!(*self.exit.borrow(), Progress::Running) && !self.detached {
-            self.reader.abort();
+            self.reader.iter().for_each(JoinHandle::abort);
         }
     }
 }
