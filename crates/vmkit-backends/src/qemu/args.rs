@@ -95,6 +95,8 @@ pub(crate) fn args(
         Some(_) => add(&["-device", ARCH.panic, "-action", "panic=exit-failure"]),
         None => add(&["-no-reboot"]),
     }
+    // Saving and loading announce their ends.
+    add(&["-global", "migration.x-events=on"]);
     if begin != Begin::Boot {
         add(&["-incoming", "defer", "-S"]);
     }

@@ -1,11 +1,12 @@
 //! QEMU's control socket: a session for one operation, each command with a deadline.
 
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use qapi::ExecuteError;
-use qapi::futures::{QapiStream, QmpStreamTokio};
+use qapi::futures::{QapiStream, QmpStreamNegotiation, QmpStreamTokio};
 use qapi::qmp::QmpCommand;
 use qapi::qmp::{
     self, Event, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
@@ -60,16 +61,49 @@ pub(crate) enum Memory {
 /// A negotiated session; nothing once a command was lost on it, which nobody can tell from its answer being late.
 pub(crate) struct Qmp(Option<QapiStream<Reader, Writer>>);
 
+/// A QEMU that has said that it is there.
+pub(crate) struct Greeted(QmpStreamNegotiation<Reader, Writer>);
+
+impl Greeted {
+    /// Waits for the greeting on a machine's socket.
+    ///
+    /// # Errors
+    /// When nobody greets there.
+    pub async fn connect(dir: &Path, name: &str) -> Result<Greeted> {
+        let stream = super::socket::connect(dir, name).await.map_err(|error| {
+            Error::new(ErrorKind::Backend, "QEMU's control socket cannot be reached").caused_by(error)
+        })?;
+        Greeted::new(stream).await
+    }
+
+    async fn new(stream: UnixStream) -> Result<Greeted> {
+        in_time(QmpStreamTokio::open(stream)).await.map(Greeted)
+    }
+
+    /// Begins a session.
+    ///
+    /// # Errors
+    /// When what answers is not QEMU.
+    pub async fn begin(self) -> Result<Qmp> {
+        in_time(self.0.negotiate()).await.map(|stream| Qmp(Some(stream)))
+    }
+}
+
+async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T> {
+    match timeout(ANSWERS, step).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(Error::new(ErrorKind::Backend, "QEMU did not accept a control session").caused_by(error)),
+        Err(_) => Err(late("negotiating")),
+    }
+}
+
 impl Qmp {
     /// Begins a session on a machine's socket.
     ///
     /// # Errors
     /// When nobody answers there.
     pub async fn connect(dir: &Path, name: &str) -> Result<Qmp> {
-        let stream = super::socket::connect(dir, name).await.map_err(|error| {
-            Error::new(ErrorKind::Backend, "QEMU's control socket cannot be reached").caused_by(error)
-        })?;
-        Qmp::negotiate(stream).await
+        Greeted::connect(dir, name).await?.begin().await
     }
 
     /// Begins a session on a socket that is connected.
@@ -77,14 +111,7 @@ impl Qmp {
     /// # Errors
     /// When what answers is not QEMU.
     pub async fn negotiate(stream: UnixStream) -> Result<Qmp> {
-        let session = async { QmpStreamTokio::open(stream).await?.negotiate().await };
-        match timeout(ANSWERS, session).await {
-            Ok(Ok(stream)) => Ok(Qmp(Some(stream))),
-            Ok(Err(error)) => {
-                Err(Error::new(ErrorKind::Backend, "QEMU did not accept a control session").caused_by(error))
-            }
-            Err(_) => Err(late("negotiating")),
-        }
+        Greeted::new(stream).await?.begin().await
     }
 
     /// Tries until QEMU listens and answers. Whoever calls it watches whether QEMU lives, and for how long.
@@ -170,8 +197,12 @@ impl Qmp {
     /// Loads what [`save`](Qmp::save) wrote. Relative to QEMU's directory.
     pub async fn load(&mut self, file: &Path, memory: Memory) -> Result<()> {
         self.take_memory(memory).await?;
-        let channels = Some(vec![to_file(file)?]);
-        self.execute(qmp::migrate_incoming { channels, exit_on_error: None, uri: None }).await?;
+        // QEMU reads what it is told byte by byte, each with a turn of its loop: a third of a millisecond for a hundred.
+        let (uri, channels) = match file.to_str().filter(|file| !file.contains(',')) {
+            Some(file) => (Some(format!("file:{file}")), None),
+            None => (None, Some(vec![to_file(file)?])),
+        };
+        self.execute(qmp::migrate_incoming { channels, exit_on_error: None, uri }).await?;
         self.migrated("loading the machine's state").await
     }
 
@@ -257,12 +288,8 @@ impl Qmp {
 
     /// What is saved or loaded next has its memory there.
     pub async fn take_memory(&mut self, memory: Memory) -> Result<()> {
-        let state = memory == Memory::Elsewhere;
-        let capability = |capability, state| MigrationCapabilityStatus { capability, state };
-        let capabilities = vec![
-            capability(MigrationCapability::x_ignore_shared, state),
-            capability(MigrationCapability::events, true),
-        ];
+        let (capability, state) = (MigrationCapability::x_ignore_shared, memory == Memory::Elsewhere);
+        let capabilities = vec![MigrationCapabilityStatus { capability, state }];
         self.execute(qmp::migrate_set_capabilities { capabilities }).await?;
         if memory == Memory::Within {
             // A file takes what it is given; the limit is for networks.

@@ -12,7 +12,7 @@ use vmkit_agent::client::Prepare;
 use super::driver::{AGENT_ANSWERS, QemuDriver, TemplateUse};
 use super::layout::{self, DISK, MEMORY, QMP, STATE, STATE_FULL, STATE_PARTIAL};
 use super::line::translate;
-use super::qmp::{Memory, Qmp};
+use super::qmp::{Greeted, Memory, Qmp};
 
 /// How long a busy guest may take to hear that it is not suspended after all.
 const HEARS: Duration = Duration::from_secs(300);
@@ -34,11 +34,15 @@ impl QemuDriver {
         }
         let memory = self.saved_memory();
         // First of all: a session that has ended is not begun again for a QEMU that does not answer.
-        let mut qmp = Qmp::connect(&self.dir, QMP).await.map_err(not_begun)?;
-        let (ready, left) = tokio::join!(qmp.take_memory(memory), self.line.leave(AGENT_ANSWERS));
+        let greeted = Greeted::connect(&self.dir, QMP).await.map_err(not_begun)?;
+        let begun = async {
+            let mut qmp = greeted.begin().await?;
+            qmp.take_memory(memory).await.map(|()| qmp)
+        };
+        let (qmp, left) = tokio::join!(begun, self.line.leave(AGENT_ANSWERS));
         // A guest whose agent is silent is not one to resume.
-        let left = match ready.map_err(not_begun).and(left) {
-            Ok(left) => left,
+        let (mut qmp, left) = match qmp.map_err(not_begun).and_then(|qmp| left.map(|left| (qmp, left))) {
+            Ok(both) => both,
             Err(error) => {
                 // It may hear it yet.
                 self.thaw().await;
