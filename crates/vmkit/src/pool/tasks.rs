@@ -156,7 +156,7 @@ async fn run_ready(instance: &Instance, program: &str, args: &[String]) -> Resul
     let ends = async {
         // Connected as those of the commands to come: it is to be the first of them, and the guest warm for the second. What it
         // prints may be much, and secrets, and is thrown away; also what is printed later by what it left in the background.
-        let mut child = command.stdout(true).stderr(true).spawn().await?;
+        let mut child = command.stdout(true).stderr(true).whole(true).spawn().await?;
         for stream in [child.stdout.take(), child.stderr.take()].into_iter().flatten() {
             tokio::spawn(throw_away(stream));
         }
