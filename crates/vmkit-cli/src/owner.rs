@@ -3,13 +3,17 @@
 //! Before `run` makes a machine it makes a file of that name and holds a lock on it until the machine is deleted. In the file is
 //! a word that the machine carries as a label. A file that nobody holds belongs to a `run` that was killed: whoever comes next
 //! deletes the machine of that name, if it carries that word, and then the file.
+//!
+//! The lock is one of a process, and not of a descriptor as the others are: a `run` that is killed while it starts QEMU leaves a child
+//! that has every descriptor until its `exec`, and would hold it a moment longer.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, fcntl_lock};
 use vmkit::{Error, ErrorKind, Id, Result, Spec, cleanup};
 
 use crate::context::Context;
@@ -39,7 +43,7 @@ impl Owner {
         fs::create_dir_all(&dir).map_err(failed)?;
         loop {
             let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
                 let error = Error::new(ErrorKind::AlreadyExists, "another run has a machine of that name");
                 return Err(error.on(id.as_str()).hint("choose another name"));
             }
@@ -84,8 +88,7 @@ impl Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         if let Some((file, _)) = &self.held {
-            // Closing is not enough: a child that is being made has a copy of every descriptor until its `exec`.
-            let _ = flock(file, FlockOperation::Unlock);
+            let _ = fcntl_lock(file, FlockOperation::Unlock);
         }
     }
 }
@@ -98,11 +101,14 @@ pub async fn sweep(context: &Context) {
         let Some(id) = path.file_name().and_then(|name| name.to_str()).and_then(|name| Id::new(name).ok()) else {
             continue;
         };
-        let Ok(file) = File::options().write(true).open(&path) else { continue };
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let Ok(file) = File::options().read(true).write(true).open(&path) else { continue };
+        if fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
-        let owner = Owner { word: fs::read_to_string(&path).unwrap_or_default(), held: Some((file, path)) };
+        // Through this descriptor: closing another one of the file would let go of the lock.
+        let mut word = String::new();
+        let _ = (&file).read_to_string(&mut word);
+        let owner = Owner { word, held: Some((file, path)) };
         match owner.remove(context, &id).await {
             Ok(()) => owner.release(),
             Err(error) => {
