@@ -155,6 +155,11 @@ impl Command {
             () = gone.wait() => Err(self.instance.not_running()),
             limit = passed(deadline) => Err(too_long(limit)),
         };
+        let started = match started {
+            // As of one that has begun: a short command is told of once it is over.
+            Err(error) if error.kind() == ErrorKind::Agent => Err(cause(error, &mut gone, &self.instance).await),
+            started => started,
+        };
         let GuestProcess { pid, stdin, stdout, stderr, control } =
             started.map_err(|error| error.on(self.instance.id().as_str()))?;
         Ok(Child {
@@ -215,6 +220,14 @@ impl std::fmt::Debug for Command {
 fn failed(mark: &Option<Arc<AtomicBool>>) {
     if let Some(mark) = mark {
         mark.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The connection breaks a moment before the machine is known to be gone: the cause, not the symptom.
+async fn cause(symptom: Error, gone: &mut Gone, instance: &Instance) -> Error {
+    match tokio::time::timeout(SETTLES, gone.wait()).await {
+        Ok(()) => instance.not_running(),
+        Err(_) => symptom,
     }
 }
 
@@ -300,11 +313,7 @@ impl Child {
                 self.exit = Some(status);
                 Ok(status)
             }
-            // The connection breaks a moment before the machine is known to be gone: say the cause, not the symptom.
-            Err(error) => match tokio::time::timeout(SETTLES, self.gone.wait()).await {
-                Ok(()) => Err(self.instance.not_running()),
-                Err(_) => Err(error.on(self.instance.id().as_str())),
-            },
+            Err(error) => Err(cause(error, &mut self.gone, &self.instance).await.on(self.instance.id().as_str())),
         }
     }
 
