@@ -48,10 +48,18 @@ pub async fn exec(args: &Args, exec: &ExecArgs, output: &Output) -> Result<u8, F
     let context = Context::open(args, output).await.map_err(Failure::of_run)?;
     let instance = context.machine(&exec.name).await.map_err(Failure::of_run)?;
     let mut signals = Signals::new();
+    let ran = instance.state() == State::Running;
     let command = child::command(&instance, &exec.command);
     let child = tokio::select! {
-        child = child::start(command, exec.command.timeout, output) => child?,
+        child = child::start(command, exec.command.timeout, output) => child,
         signal = signals.next() => return Ok(signals::exit_code(signal)),
+    };
+    let child = match child {
+        // A short command is told of once it is over: it may have been what ended it.
+        Err(failure) if ran && failure.error.kind() == ErrorKind::NotRunning => {
+            return Err(ended_under(&context, &instance).await);
+        }
+        child => child?,
     };
     let Some(child) = child else { return Ok(Ended::TimedOut.code()) };
     match child::attend(child, &mut signals).await {
