@@ -190,7 +190,7 @@ pub(super) async fn serve<F: Future>(agent: &Inner, line: u64, busy: Busy, serve
     // Turns are taken here: the runtime's own count of them would end the keeping, and nobody would notice.
     let mut served = pin!(unconstrained(served));
     let (mut cedes, mut busy) = (false, Some(busy));
-    loop {
+    'served: loop {
         let done = future::poll_fn(|cx| match (served.as_mut().poll(cx), drop(busy.take())).0 {
             Poll::Ready(output) => Poll::Ready(Some(output)),
             Poll::Pending if quiet.is_idle(line) && !cedes => Poll::Ready(None),
@@ -203,14 +203,13 @@ pub(super) async fn serve<F: Future>(agent: &Inner, line: u64, busy: Busy, serve
         if let Some(output) = done.await {
             return output;
         }
-        let mut turns = 0;
-        let mut kept = quiet.times.load(Ordering::Relaxed);
-        while turns < TURNS {
+        let kept = quiet.times.load(Ordering::Relaxed);
+        for _ in 0..TURNS {
             yield_now().await;
-            // Whoever kept the thread meanwhile did so for what others have not done yet.
-            let now = quiet.times.load(Ordering::Relaxed);
-            turns = if kept == now { turns + 1 } else { 0 };
-            kept = now;
+            // Whoever kept the thread meanwhile did so for what others have not done yet, and may have heard of what is for this line.
+            if kept != quiet.times.load(Ordering::Relaxed) {
+                continue 'served;
+            }
         }
         quiet.times.fetch_add(1, Ordering::Relaxed);
         quiet.kept.store(true, Ordering::Relaxed);
