@@ -7,7 +7,7 @@ use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::farm::{Farm, discard, sh};
-use common::{base, id, pids_where, runtime};
+use common::{base, id, pids_where, runtime, tell};
 use futures::future::{join_all, try_join_all};
 use vmkit::{ConsoleSinks, ErrorKind, Instance, Origin, State, cleanup};
 
@@ -141,7 +141,7 @@ fn nothing_of_a_machine_survives_its_reset() {
                 let disk = places.iter().any(|place| place == "disk.qcow2");
                 let memory = places.iter().any(|place| match suspended {
                     false => place.starts_with("memory "),
-                    true => place == "memory" || place == "state.full",
+                    true => place == "memory" || place == "memory.apart",
                 });
                 assert!(disk && memory, "the search finds nothing: {places:?}");
                 vmkit::reset(&vm, ConsoleSinks::discard(), Duration::from_secs(120)).await.unwrap();
@@ -178,6 +178,44 @@ fn a_fork_is_suspended_with_its_memory_and_goes_on() {
             }
             discard(&vm).await;
         }
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
+fn what_an_older_vmkit_suspended_with_its_memory_in_it_goes_on() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        let vm = farm.running("web").await;
+        sh(&vm, "head -c 5000000 /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum").await;
+        let dir = farm.qemu().machine_dir(vm.id());
+        let migrate = r#"{"execute": "migrate", "arguments": {"uri": "file:state.full"}}"#;
+        let within = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [
+            {"capability": "x-ignore-shared", "state": false}]}}"#
+            .replace('\n', " ");
+        tell(&dir, &[r#"{"execute": "stop"}"#, &within, migrate]);
+        while !tell(&dir, &[r#"{"execute": "query-migrate"}"#]).contains(r#""status": "completed""#) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let pids = pids_where(|cwd| cwd.starts_with(&dir));
+        std::process::Command::new("kill").args(["-9", &pids[0].to_string()]).status().unwrap();
+        drop(vm);
+        let vm = loop {
+            match farm.host.adopt(&id("web")).await {
+                Ok(vm) if vm.state() == State::Suspended => break vm,
+                other => {
+                    drop(other);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        };
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        sh(&vm, "md5sum -c /dev/shm/sum").await;
+        vm.suspend().await.unwrap();
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        sh(&vm, "md5sum -c /dev/shm/sum").await;
+        discard(&vm).await;
         assert_eq!(farm.left(), [""; 0]);
     });
 }

@@ -379,6 +379,17 @@ fn a_full_disk() {
     // A fork has its memory elsewhere until it is suspended.
     let run = on_small(&["run", "--", "true"]);
     assert!(run.status.success(), "{}", text(&run.stderr));
+    // One that cannot be suspended for want of room goes on, and nothing of the attempt is left.
+    assert!(on_small(&["start", "web"]).status.success());
+    let output = on_small(&["suspend", "web"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("free some space"), "{}", text(&output.stderr));
+    let output = on_small(&["exec", "web", "--", "echo", "on"]);
+    assert_eq!(text(&output.stdout), "on\n", "{}", text(&output.stderr));
+    for file in ["memory.apart", "state.tmp", "state.apart", "memory", "save.sock"] {
+        assert!(!small.join("vms/web").join(file).exists(), "{file} is left");
+    }
+    assert!(on_small(&["stop", "--force", "web"]).status.success());
     // No room for anything.
     let _ = fs::write(small.join("filler"), vec![1; 2 << 20]);
     let output = on_small(&["clone", "more"]);

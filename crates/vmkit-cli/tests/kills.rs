@@ -59,6 +59,36 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
         }
         assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
     }
+    // A fork's first, which gives it a memory file.
+    state.ok(&["cleanup", "web", "--grace", "0"]);
+    let fork = || {
+        state.ok(&["clone", "web"]);
+        state.ok(&["start", "web"]);
+        state.ok(&["exec", "web", "--", "sh", "-c", "head -c 9000000 /dev/urandom > /dev/shm/noise"]);
+        state.ok(&["exec", "web", "--", "sh", "-c", "md5sum /dev/shm/noise > /dev/shm/sum; echo word > /dev/shm/word"]);
+    };
+    fork();
+    let whole = took(|| drop(state.ok(&["suspend", "web"])));
+    let mut killed = 0;
+    for step in 0..12 {
+        state.ok(&["cleanup", "web", "--grace", "0"]);
+        fork();
+        let child = state.command(&["suspend", "web"]).stderr(Stdio::null()).spawn().unwrap();
+        killed += u32::from(kill_after(child, whole.mul_f64(f64::from(step) / 11.0)));
+        // Whatever it was cut off at, it is suspended like any other from then on; and once it goes on in a file of its own.
+        for _ in 0..2 {
+            match state.machines()[0].1.as_str() {
+                "Running" => drop(state.ok(&["suspend", "web"])),
+                "Suspended" => {}
+                other => panic!("a suspend that was killed left it {other}"),
+            }
+            assert_eq!(state.pids(), [0; 0]);
+            state.ok(&["start", "web"]);
+            assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
+            state.ok(&["exec", "web", "--", "md5sum", "-c", "/dev/shm/sum"]);
+        }
+    }
+    assert!(killed >= 4, "only {killed} of 12 first suspends were killed in time");
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
 }

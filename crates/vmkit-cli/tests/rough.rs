@@ -83,8 +83,8 @@ fn a_machine_that_cannot_go_on_boots_from_its_disk() {
         state.ok(&["exec", "web", "--", "sh", "-c", &format!("echo {damage} >> /kept; sync")]);
         state.ok(&["suspend", "web"]);
         let dir = state.path().join("vms/web");
-        // Its memory is in a file of its own, or with the rest.
-        let saved = if dir.join("state").exists() { damage } else { "state.full" };
+        // What a fork saves for the first time is not called that yet.
+        let saved = if dir.join("state").exists() { damage.to_owned() } else { format!("{damage}.apart") };
         fs::File::options().write(true).open(dir.join(saved)).unwrap().set_len(100).unwrap();
         let error = state.fails(1, &["start", "web"]);
         assert!(error["hint"].as_str().unwrap().contains("--discard"), "{error}");

@@ -54,11 +54,16 @@ fn a_template_is_made_on_first_use_and_listed() {
     for name in ["own", "forked"] {
         state.ok(&["suspend", name]);
     }
-    assert!(state.path().join("vms/own/state").exists() && state.path().join("vms/forked/state.full").exists());
+    assert!(state.path().join("vms/own/state").exists() && state.path().join("vms/forked/state.apart").exists());
     for name in ["own", "forked"] {
         state.ok(&["start", name]);
         assert_eq!(state.ok(&["exec", name, "--", "hostname"]), format!("{name}\n"));
     }
+    // From then on it is no different.
+    assert!(state.path().join("vms/forked/memory").exists());
+    state.ok(&["suspend", "forked"]);
+    assert!(state.path().join("vms/forked/state").exists());
+    state.ok(&["start", "forked"]);
     assert_eq!(state.ok(&["template", "rm", "--all"]), format!("{key}\n"));
     assert_eq!(templates(&state).len(), 0);
     assert_eq!(state.fails(3, &["template", "rm", key])["code"], "not-found");

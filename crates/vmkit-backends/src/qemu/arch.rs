@@ -11,6 +11,8 @@ pub(crate) struct Arch {
     /// long as it lives, because the kernel leaves it counting when it takes another timer: an idle machine then takes four times
     /// the processor time, and the others of a pool are slower for it.
     pub machine: &'static str,
+    /// Where the whole of a guest's memory begins for it, as QEMU saves that; 0 where its machine shows it in parts.
+    pub memory_at: u64,
     /// The device that a kernel tells of a panic.
     pub panic: &'static str,
     /// The kernel's name for the first serial port.
@@ -27,7 +29,8 @@ pub(crate) struct Arch {
 pub(crate) const ARCH: Arch = Arch {
     program: "qemu-system-x86_64",
     package: "qemu-system-x86",
-    machine: "q35,sata=off,usb=off,vmport=off,hpet=off",
+    machine: "q35,sata=off,usb=off,vmport=off,hpet=off,suppress-vmdesc=on",
+    memory_at: 0,
     panic: "pvpanic",
     console: "ttyS0",
     // `reboot=t` resets the machine by a triple fault, which needs no firmware.
@@ -39,7 +42,8 @@ pub(crate) const ARCH: Arch = Arch {
 pub(crate) const ARCH: Arch = Arch {
     program: "qemu-system-aarch64",
     package: "qemu-system-arm",
-    machine: "virt,gic-version=max",
+    machine: "virt,gic-version=max,suppress-vmdesc=on",
+    memory_at: 0x4000_0000,
     panic: "pvpanic-pci",
     console: "ttyAMA0",
     cmdline: "",

@@ -21,8 +21,8 @@ use super::args::{Begin, LINES, args, line_socket};
 use super::fork::Laps;
 use super::host::HostFacts;
 use super::layout::{
-    self, DISK, FRESH, LAYER, Layout, MEMORY, OUTPUT, QMP, QMP_PROBE, Run, SERIAL, STATE, STATE_FULL, STATE_PARTIAL,
-    STATE_SPENT,
+    self, DISK, FRESH, LAYER, Layout, MEMORY, MEMORY_APART, OUTPUT, QMP, QMP_PROBE, Run, SAVED, SERIAL, STATE,
+    STATE_APART, STATE_FULL, STATE_SPENT,
 };
 use super::line::{Line, translate};
 use super::lock::Lock;
@@ -353,6 +353,7 @@ impl QemuDriver {
         // Gigabytes that nobody can use any more.
         if self.process.is_none() && layout::saved(&self.dir).is_none_or(|(_, memory)| memory == Memory::Within) {
             let _ = layout::remove(&self.file(MEMORY));
+            let _ = layout::remove(&self.file(MEMORY_APART));
         }
     }
 }
@@ -424,9 +425,7 @@ impl Driver for QemuDriver {
         let facts = self.facts().await?;
         let accelerator = facts.accelerator(self.config.accelerator)?;
         image::check(self.image()?)?;
-        for stale in [STATE, STATE_FULL, STATE_PARTIAL, STATE_SPENT, MEMORY] {
-            layout::remove(&self.file(stale))?;
-        }
+        SAVED.iter().chain([&MEMORY]).try_for_each(|stale| layout::remove(&self.file(stale)))?;
         let mut laps = Laps::new();
         let mut note = None;
         let unused = self.file(FRESH).exists();
@@ -463,6 +462,9 @@ impl Driver for QemuDriver {
     async fn resume(&mut self, console: ConsoleSinks) -> Result<()> {
         let facts = self.facts().await?;
         let accelerator = self.saved_accelerator(&facts)?;
+        if let Some((_, Memory::Apart)) = layout::saved(&self.dir) {
+            layout::put_in_place(&self.dir)?;
+        }
         let Some((state, memory)) = layout::saved(&self.dir) else {
             return Err(Error::new(ErrorKind::Corrupt, "the saved execution has vanished").hint(DISCARD));
         };
@@ -548,8 +550,7 @@ impl Driver for QemuDriver {
                 // No record of a process does not mean that there is none.
                 recover::kill_all(&self.dir).await?;
             }
-            layout::remove(&self.file(STATE))?;
-            layout::remove(&self.file(STATE_FULL))?;
+            [STATE, STATE_APART, STATE_FULL].iter().try_for_each(|state| layout::remove(&self.file(state)))?;
             let trash = self.layout.trash(&self.id);
             layout::remove_tree(&trash)?;
             layout::rename(&self.dir, &trash)?;

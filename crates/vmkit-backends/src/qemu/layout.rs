@@ -9,6 +9,8 @@
 //!   birth.json         how it came to be: what from, what was renewed, where the time went
 //!   memory             its memory while it runs or is suspended; a fork that shares its template's has none
 //!   state              its saved execution, complete: renamed into place, renamed away before the guest goes on
+//!   state.apart memory.apart
+//!                      the same of a fork that had no memory of its own: they become `state` and `memory` when it goes on
 //!   state.full         the same, with the memory in it
 //!   run.json           its process: pid, start time, boot; whether its guest was ready
 //!   serial.log qemu.log qmp.sock qmp2.sock agent.N.sock agent.N.lock
@@ -35,8 +37,14 @@ pub(crate) const MEMORY: &str = "memory";
 pub(crate) const STATE: &str = "state";
 /// A saved execution with the memory in it.
 pub(crate) const STATE_FULL: &str = "state.full";
+/// A saved execution of a guest that had no memory file, and the memory file that it has from now on. Not called that yet: what runs
+/// and has none is known by that.
+pub(crate) const STATE_APART: &str = "state.apart";
+pub(crate) const MEMORY_APART: &str = "memory.apart";
 pub(crate) const STATE_PARTIAL: &str = "state.tmp";
 pub(crate) const STATE_SPENT: &str = "state.spent";
+/// What there may be of saved executions, but for the memory, which a guest may be running in.
+pub(crate) const SAVED: [&str; 6] = [STATE, STATE_APART, STATE_FULL, STATE_PARTIAL, STATE_SPENT, MEMORY_APART];
 pub(crate) const SERIAL: &str = "serial.log";
 pub(crate) const OUTPUT: &str = "qemu.log";
 pub(crate) const QMP: &str = "qmp.sock";
@@ -205,7 +213,7 @@ pub(crate) fn look(dir: &Path) -> Fact {
         (None, _) if !strays(dir).is_empty() => Fact::Broken,
         (Some(run), None) if run.ready => Fact::Running,
         (Some(_), _) => Fact::Broken,
-        (None, Some((STATE, _))) if !dir.join(MEMORY).is_file() => Fact::Broken,
+        (None, Some((_, memory))) if !has_memory(dir, memory) => Fact::Broken,
         (None, Some(_)) => Fact::Suspended,
         (None, None) => Fact::Stopped,
     }
@@ -230,8 +238,27 @@ pub(crate) fn qemus_in(dir: &Path) -> Vec<u32> {
 
 /// The saved execution, and where its memory is.
 pub(crate) fn saved(dir: &Path) -> Option<(&'static str, Memory)> {
-    let kinds = [(STATE, Memory::Elsewhere), (STATE_FULL, Memory::Within)];
+    let kinds = [(STATE, Memory::Elsewhere), (STATE_APART, Memory::Apart), (STATE_FULL, Memory::Within)];
     kinds.into_iter().find(|(file, _)| dir.join(file).is_file())
+}
+
+/// Whether the memory of a saved execution is there.
+fn has_memory(dir: &Path, memory: Memory) -> bool {
+    let there = |file| dir.join(file).is_file();
+    match memory {
+        Memory::Elsewhere => there(MEMORY),
+        // It was on its way when somebody died.
+        Memory::Apart => there(MEMORY_APART) || there(MEMORY),
+        Memory::Within => true,
+    }
+}
+
+/// Makes what was taken apart the machine's state and memory. Done as often as it takes.
+pub(crate) fn put_in_place(dir: &Path) -> Result<()> {
+    if dir.join(MEMORY_APART).is_file() {
+        rename(&dir.join(MEMORY_APART), &dir.join(MEMORY))?;
+    }
+    rename(&dir.join(STATE_APART), &dir.join(STATE))
 }
 
 /// Why a machine is [`Fact::Broken`].
@@ -247,7 +274,7 @@ pub(crate) fn problem(dir: &Path) -> Option<String> {
         None if !strays(dir).is_empty() => Some("its process runs, and the record of it is missing or damaged".into()),
         Some(run) if !run.ready => Some("its process runs, and its guest never answered".into()),
         Some(_) if saved.is_some() => Some("its process runs beside a saved execution".into()),
-        None if saved.is_some_and(|(file, _)| file == STATE) && !dir.join(MEMORY).is_file() => {
+        None if saved.is_some_and(|(_, memory)| !has_memory(dir, memory)) => {
             Some("it has a saved execution and no memory".into())
         }
         _ => None,
@@ -355,6 +382,15 @@ mod tests {
         assert_eq!(look(&dir), Fact::Broken, "no memory");
         fs::write(dir.join(MEMORY), "").unwrap();
         assert_eq!(look(&dir), Fact::Suspended);
+        for file in [STATE, MEMORY] {
+            fs::rename(dir.join(file), dir.join(format!("{file}.apart"))).unwrap();
+        }
+        assert_eq!((look(&dir), saved(&dir)), (Fact::Suspended, Some((STATE_APART, Memory::Apart))));
+        // Whoever put it in place died half way.
+        fs::rename(dir.join(MEMORY_APART), dir.join(MEMORY)).unwrap();
+        assert_eq!(look(&dir), Fact::Suspended);
+        put_in_place(&dir).unwrap();
+        assert_eq!((look(&dir), saved(&dir)), (Fact::Suspended, Some((STATE, Memory::Elsewhere))));
         fs::write(dir.join("vm.json"), "{").unwrap();
         assert_eq!(look(&dir), Fact::Broken);
         assert!(is_ours(&dir), "damaged, and still ours");

@@ -33,6 +33,7 @@ mod qmp;
 mod recover;
 mod snapshot;
 mod socket;
+mod split;
 mod suspend;
 mod template;
 mod turns;
@@ -245,9 +246,7 @@ impl Qemu {
         }
         let saved = layout::saved(&dir).is_some() && layout::live_run(&dir).is_none();
         let discarded = match saved {
-            true => [layout::STATE, layout::STATE_FULL, layout::MEMORY]
-                .iter()
-                .try_for_each(|file| layout::remove(&dir.join(file))),
+            true => layout::SAVED.iter().chain([&layout::MEMORY]).try_for_each(|file| layout::remove(&dir.join(file))),
             false => Ok(()),
         };
         taken.lock.release(!layout::is_ours(&dir));

@@ -56,6 +56,8 @@ pub(crate) enum Memory {
     Elsewhere,
     /// In the saved state.
     Within,
+    /// In what QEMU writes, which is taken apart as it comes (`split.rs`).
+    Apart,
 }
 
 /// A negotiated session; nothing once a command was lost on it, which nobody can tell from its answer being late.
@@ -182,14 +184,14 @@ impl Qmp {
         self.execute(qmp::system_powerdown {}).await.map(drop)
     }
 
-    /// Saves the execution to a file in QEMU's directory, as [`take_memory`](Qmp::take_memory) said: the devices' state, where the
-    /// memory is a file that stays where it is, and else the memory too. The guest stands still from then on.
-    pub async fn save(&mut self, file: &str, memory: Memory) -> Result<()> {
-        if memory == Memory::Within {
+    /// Saves the execution to a URI of QEMU's, as [`take_memory`](Qmp::take_memory) said: the devices' state, where the memory is a
+    /// file that stays where it is, and else the memory too. The guest stands still from then on.
+    pub async fn save(&mut self, uri: &str, memory: Memory) -> Result<()> {
+        if memory != Memory::Elsewhere {
             // Else what it writes meanwhile is saved again.
             self.stop().await?;
         }
-        let uri = Some(format!("file:{file}"));
+        let uri = Some(uri.to_owned());
         self.execute(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
         self.migrated(SAVING).await
     }
@@ -206,15 +208,15 @@ impl Qmp {
         self.migrated("loading the machine's state").await
     }
 
-    /// Saves the execution, memory and all, to a file while the guest runs: it stands still for the last of it, and then stands
+    /// Saves the execution, memory and all, to a URI of QEMU's while the guest runs: it stands still for the last of it, and then stands
     /// still until it is told to go on. One that writes faster than it can be saved for `patience`, or until `most` bytes are
     /// written, stands still for longer. Returns since when it stands still.
-    pub async fn save_running(&mut self, file: &Path, patience: Duration, most: u64) -> Result<Instant> {
+    pub async fn save_running(&mut self, uri: &str, patience: Duration, most: u64) -> Result<Instant> {
         self.take_memory(Memory::Within).await?;
         let limit = MigrateSetParameters { downtime_limit: Some(STANDS_STILL), ..MigrateSetParameters::default() };
         self.execute(qmp::migrate_set_parameters(limit)).await?;
-        let channels = Some(vec![to_file(file)?]);
-        self.execute(qmp::migrate { channels, detach: None, resume: None, uri: None }).await?;
+        let uri = Some(uri.to_owned());
+        self.execute(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
         let until = Instant::now() + patience;
         let chase = Chase { until, most };
         if self.migrated_or(SAVING, Some(chase)).await? {
@@ -291,7 +293,7 @@ impl Qmp {
         let (capability, state) = (MigrationCapability::x_ignore_shared, memory == Memory::Elsewhere);
         let capabilities = vec![MigrationCapabilityStatus { capability, state }];
         self.execute(qmp::migrate_set_capabilities { capabilities }).await?;
-        if memory == Memory::Within {
+        if memory != Memory::Elsewhere {
             // A file takes what it is given; the limit is for networks.
             let limit =
                 MigrateSetParameters { max_bandwidth: Some(i64::MAX as u64), ..MigrateSetParameters::default() };
@@ -402,7 +404,7 @@ mod tests {
         assert!(refused.message().contains("refused stop"), "{refused:?}");
         // A refusal does not end the session.
         qmp.stop().await.unwrap();
-        let died = qmp.save("state", Memory::Elsewhere).await.unwrap_err();
+        let died = qmp.save("file:state", Memory::Elsewhere).await.unwrap_err();
         assert_eq!(died.kind(), ErrorKind::Backend, "{died:?}");
         // As calling off a suspend does.
         for _ in 0..2 {

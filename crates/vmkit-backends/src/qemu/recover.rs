@@ -6,9 +6,9 @@ use tokio::time::timeout;
 use tracing::warn;
 use vmkit::{Action, Fact, Id, Result};
 
-use super::layout::{self, Layout, QMP, STATE_PARTIAL, STATE_SPENT};
+use super::layout::{self, Layout, MEMORY_APART, QMP, STATE_PARTIAL, STATE_SPENT};
 use super::line::Line;
-use super::qmp::Qmp;
+use super::qmp::{Memory, Qmp};
 use crate::process::Identity;
 
 /// How long a guest that was paused half way may take to go on.
@@ -39,6 +39,9 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
         // Running was never published: whoever wanted it is gone.
         Action::Start if layout::look(&dir) != Fact::Running => kill_all(&dir).await?,
         Action::None | Action::Clone | Action::Start | Action::Stop | Action::Delete => {}
+    }
+    if layout::saved(&dir).is_none_or(|(_, memory)| memory != Memory::Apart) {
+        layout::remove(&dir.join(MEMORY_APART))?;
     }
     layout::remove(&dir.join(STATE_PARTIAL))?;
     layout::remove(&dir.join(STATE_SPENT))

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!  guest runs ──────────────────────▶ stands still ─▶ runs on
-//!    memory → state.full (again what it wrote meanwhile)
+//!    memory → a memory file (again what it wrote meanwhile)
 //!                                     the last of it, the devices, the disk
 //!                                                    ╰▶ a QEMU of its own makes a template of it
 //! ```
 //!
-//! What is saved is a suspended machine among those that become templates: its memory is in its saved state, and its disk may lie
-//! on the layer of the template that the original was forked from. Loaded once into a memory file, with the layer taken into the
-//! disk, it is a template as any other, but for its name, and that it goes when nobody makes copies of it any more.
+//! What is saved is a suspended machine among those that become templates, whose disk may lie on the layer of the template that
+//! the original was forked from. Loaded once, with the layer taken into the disk, and saved again, it is a template as any other,
+//! but for its name, and that it goes when nobody makes copies of it any more.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -25,12 +25,12 @@ use super::args::{BASE, Begin, OVERLAY};
 use super::driver::QemuDriver;
 use super::fork::{copy_sparse, link};
 use super::image;
-use super::layout::{self, DISK, LAYER, MEMORY, SERIAL, STATE, STATE_FULL};
+use super::layout::{self, DISK, LAYER, MEMORY, SERIAL, STATE, STATE_APART};
 use super::line::translate;
 use super::lock::Lock;
 use super::qmp::{Memory, Qmp};
 use super::template::{self, CopyOf, TemplateInfo, Templates};
-use super::{Qemu, QemuConfig, SNAPSHOTS};
+use super::{Qemu, QemuConfig, SNAPSHOTS, split};
 
 /// How the names of such templates begin.
 const PREFIX: &str = "fork-";
@@ -98,7 +98,7 @@ impl QemuDriver {
             let settled = copy.become_template(&run.accelerator, &facts.program).await;
             let ended = copy.end_process().await;
             settled.and(ended)?;
-            layout::remove(&draft.join(STATE_FULL))?;
+            layout::remove(&draft.join(STATE_APART))?;
             if self.config.durable {
                 // Copies that are suspended for good lie on it.
                 let disk = draft.join(DISK);
@@ -127,10 +127,10 @@ impl QemuDriver {
         Ok(Snapshot::new(Spec { snapshot: Some(key.to_string()), ..spec }, made?, kept))
     }
 
-    /// Room for its memory as it is saved and as it is loaded, and for its disk.
+    /// Room for its memory and its disk.
     fn check_space_to_copy(&self) -> Result<()> {
         let disks = [DISK, LAYER].map(|file| fs::metadata(self.file(file)).map_or(0, |meta| meta.blocks() * 512));
-        self.check_space_for(self.spec.memory_mib * (1 + WRITES) + (disks.iter().sum::<u64>() >> 20))
+        self.check_space_for(self.spec.memory_mib + (disks.iter().sum::<u64>() >> 20))
     }
 
     /// Saves memory, devices and disk to another machine's directory. Returns how long the guest stood still.
@@ -171,7 +171,9 @@ impl QemuDriver {
         })??;
         // What runs lives on in the copies, where nobody is connected to it.
         self.ask_agent(async |agent: Client| agent.freeze(true).await).await?;
-        let since = qmp.save_running(&draft.join(STATE_FULL), CHASES, (self.spec.memory_mib * WRITES) << 20).await?;
+        let (files, size) = ((draft.join(STATE_APART), draft.join(MEMORY)), self.spec.memory_mib << 20);
+        let saving = qmp.save_running(split::URI, CHASES, size * WRITES);
+        let since = split::receive(&self.dir, files, size, saving).await?;
         // No more than it wrote, and it stands still for it.
         let (from, to) = (self.file(DISK), draft.join(DISK));
         blocking(move || {
@@ -181,7 +183,7 @@ impl QemuDriver {
         Ok(since)
     }
 
-    /// Loads what was saved into a memory file, and makes the disk one that lies on the image's. The guest does not run.
+    /// Loads what was saved, which shows that it can be, and makes the disk one that lies on the image's. The guest does not run.
     async fn become_template(&mut self, accelerator: &str, program: &Path) -> Result<()> {
         let layered = self.file(LAYER).exists();
         self.clear_way().await?;
@@ -191,17 +193,15 @@ impl QemuDriver {
             let mut qmp = Qmp::when_up(&dir).await?;
             // Connected when it was saved, when it is loaded, and when it is saved again.
             let _wire = line.wire().await?;
-            qmp.load(Path::new(STATE_FULL), Memory::Within).await?;
+            qmp.load(Path::new(STATE_APART), Memory::Elsewhere).await?;
             if layered {
                 qmp.flatten(OVERLAY, BASE).await?;
             }
-            qmp.take_memory(Memory::Elsewhere).await?;
-            qmp.save(STATE, Memory::Elsewhere).await
+            qmp.save(&format!("file:{STATE}"), Memory::Elsewhere).await
         };
         // What the original's console said is not about this.
         let from = fs::metadata(self.file(SERIAL)).map_or(0, |meta| meta.len());
         self.until(from, convert).await?;
-        debug_assert!(self.file(MEMORY).exists());
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Connecting to the sockets in a machine's directory.
+//! Connecting to, and listening on, sockets in a machine's directory.
 //!
 //! A socket's address holds 107 bytes, and directories may be deeper than that: it is named relative to a descriptor.
 
@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 
 /// Connects to the socket `name` in `dir`.
 ///
@@ -16,6 +16,15 @@ use tokio::net::UnixStream;
 pub(crate) async fn connect(dir: &Path, name: &str) -> io::Result<UnixStream> {
     let dir = File::open(dir)?;
     UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
+}
+
+/// Listens on a new socket `name` in `dir`.
+///
+/// # Errors
+/// When there is something of that name, or it cannot be made.
+pub(crate) fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
+    let dir = File::open(dir)?;
+    UnixListener::bind(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()))
 }
 
 #[cfg(test)]
@@ -27,9 +36,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("x".repeat(200));
         std::fs::create_dir(&dir).unwrap();
-        let handle = File::open(&dir).unwrap();
-        let _listener =
-            tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/here.sock", handle.as_raw_fd())).unwrap();
+        let _listener = listen(&dir, "here.sock").unwrap();
         connect(&dir, "here.sock").await.unwrap();
         assert!(connect(&dir, "not.sock").await.is_err());
     }

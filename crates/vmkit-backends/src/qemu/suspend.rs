@@ -10,9 +10,10 @@ use vmkit::{Driver, Error, ErrorKind, Result};
 use vmkit_agent::client::Prepare;
 
 use super::driver::{AGENT_ANSWERS, QemuDriver, TemplateUse};
-use super::layout::{self, DISK, MEMORY, QMP, STATE, STATE_FULL, STATE_PARTIAL};
+use super::layout::{self, DISK, MEMORY, MEMORY_APART, QMP, SAVED, STATE, STATE_APART, STATE_FULL, STATE_PARTIAL};
 use super::line::translate;
 use super::qmp::{Greeted, Memory, Qmp};
+use super::split;
 
 /// How long a busy guest may take to hear that it is not suspended after all.
 const HEARS: Duration = Duration::from_secs(300);
@@ -69,20 +70,24 @@ impl QemuDriver {
 
     /// Where the saved execution has its memory: a fork that shares its template's has its own nowhere else than in its process.
     fn saved_memory(&self) -> Memory {
-        if self.file(MEMORY).exists() { Memory::Elsewhere } else { Memory::Within }
+        if self.file(MEMORY).exists() { Memory::Elsewhere } else { Memory::Apart }
     }
 
     /// Saves the guest, which stands still from then on, and commits that in one step.
     async fn save(&self, qmp: &mut Qmp, memory: Memory) -> Result<()> {
         let partial = self.file(STATE_PARTIAL);
         layout::remove(&partial)?;
-        let state = match memory {
-            Memory::Elsewhere => STATE,
-            Memory::Within => STATE_FULL,
+        let memory = match memory {
+            Memory::Apart => self.save_apart(qmp).await?,
+            memory => qmp.save(&format!("file:{STATE_PARTIAL}"), memory).await.map(|()| memory)?,
         };
-        qmp.save(STATE_PARTIAL, memory).await?;
+        let (state, own) = match memory {
+            Memory::Elsewhere => (STATE, Some(MEMORY)),
+            Memory::Apart => (STATE_APART, Some(MEMORY_APART)),
+            Memory::Within => (STATE_FULL, None),
+        };
         if self.config.durable {
-            let own = (memory == Memory::Elsewhere).then(|| self.file(MEMORY));
+            let own = own.map(|own| self.file(own));
             let files: Vec<PathBuf> = [partial.clone(), self.file(DISK)].into_iter().chain(own).collect();
             let synced = tokio::task::spawn_blocking(move || files.iter().try_for_each(|file| layout::sync(file)));
             synced.await.map_err(|error| Error::new(ErrorKind::Io, "writing to disk failed").caused_by(error))??;
@@ -94,11 +99,28 @@ impl QemuDriver {
         Ok(())
     }
 
+    /// Saves a guest without a memory file, which has one from then on. A QEMU that writes what is not known saves it as it likes,
+    /// and loads that when the machine goes on.
+    async fn save_apart(&self, qmp: &mut Qmp) -> Result<Memory> {
+        let files = (self.file(STATE_PARTIAL), self.file(MEMORY_APART));
+        let size = self.spec.memory_mib << 20;
+        let Err(error) = split::receive(&self.dir, files, size, qmp.save(split::URI, Memory::Apart)).await else {
+            return Ok(Memory::Apart);
+        };
+        if error.kind() != ErrorKind::Unsupported {
+            return Err(error);
+        }
+        warn!(id = %self.id, %error, "saving memory as QEMU does: going on will take long");
+        layout::remove(&self.file(MEMORY_APART))?;
+        layout::remove(&self.file(STATE_PARTIAL))?;
+        qmp.save(&format!("file:{STATE_PARTIAL}"), Memory::Within).await?;
+        Ok(Memory::Within)
+    }
+
     /// Lets a guest go on that was to be saved.
     async fn call_off(&self, qmp: &mut Qmp) -> Result<()> {
         // Memory that a guest goes on with fits nothing that was saved.
-        let saved = [STATE_PARTIAL, STATE, STATE_FULL].map(|file| self.file(file));
-        saved.iter().try_for_each(|file| layout::remove(file))?;
+        SAVED.iter().try_for_each(|file| layout::remove(&self.file(file)))?;
         if self.config.durable {
             layout::sync(&self.dir)?;
         }

@@ -124,14 +124,21 @@ impl QemuRig {
 
     /// One command on the second control socket.
     pub fn tell(&self, id: &Id, command: &str) {
-        let dir = fs::File::open(self.machine(id)).unwrap();
-        let mut stream = UnixStream::connect(format!("/proc/self/fd/{}/qmp2.sock", dir.as_raw_fd())).unwrap();
-        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-        for command in ["qmp_capabilities", command] {
-            writeln!(stream, "{{\"execute\": \"{command}\"}}").unwrap();
-            while !lines.next().unwrap().unwrap().contains("\"return\"") {}
-        }
+        tell(&self.machine(id), &[&format!("{{\"execute\": \"{command}\"}}")]);
     }
+}
+
+/// Commands on the second control socket of the machine in `dir`. Returns what the last one returned.
+pub fn tell(dir: &Path, commands: &[&str]) -> String {
+    let dir = fs::File::open(dir).unwrap();
+    let mut stream = UnixStream::connect(format!("/proc/self/fd/{}/qmp2.sock", dir.as_raw_fd())).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let mut returned = String::new();
+    for command in ["{\"execute\": \"qmp_capabilities\"}"].iter().chain(commands) {
+        writeln!(stream, "{command}").unwrap();
+        returned = lines.by_ref().map(Result::unwrap).find(|line| line.contains("\"return\"")).unwrap();
+    }
+    returned
 }
 
 /// The pids of every QEMU that works in a directory of which `is` is true. Deleted directories keep their name.
@@ -193,7 +200,7 @@ impl Rig for QemuRig {
 
     async fn saved_execution(&self, id: &Id) -> bool {
         let there = |file: &str| self.machine(id).join(file).is_file();
-        there("state") && there("memory") || there("state.full")
+        there("state") && there("memory") || there("state.apart") && there("memory.apart")
     }
 
     async fn kill_process(&self, id: &Id) {
