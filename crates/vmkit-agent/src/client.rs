@@ -309,9 +309,11 @@ impl Client {
         let outputs = [(Which::Stdout, request.stdout), (Which::Stderr, request.stderr)];
         // Before the request: the agent may open a stream before it answers.
         let [stdout, stderr] = outputs.map(|(which, wanted)| wanted.then(|| self.expect(id, which)));
+        // From here on: what has arrived is handed over also when the line ends right after it.
+        let busy = Busy::new(&self.0.waiting);
         let request = Request::Exec(request);
         if let Some(answer) = self.before(&request).await? {
-            return self.begun(id, answer, stdout, stderr).await;
+            return self.begun(id, answer, busy, stdout, stderr).await;
         }
         let stream = self.0.opener.open().await.ok_or(AgentError::Closed)?;
         let (mut from, mut to) = tokio::io::split(stream);
@@ -322,7 +324,7 @@ impl Client {
             other => return Err(AgentError::Protocol(format!("{other:?} to a command"))),
         };
         let (ended, exit) = watch::channel(Progress::Running);
-        let reader = Some(tokio::spawn(follow(from, id, Busy::new(&self.0.waiting), ended)));
+        let reader = Some(tokio::spawn(follow(from, id, busy, ended)));
         let control = ExecControl { to: Some(to), exit, reader, detached, session: self.clone() };
         let stdin = match stdin {
             true => {
@@ -349,6 +351,7 @@ impl Client {
         &self,
         id: u64,
         answer: Answer,
+        busy: Busy,
         stdout: Option<ExecReader>,
         stderr: Option<ExecReader>,
     ) -> Result<Exec, AgentError> {
@@ -359,7 +362,6 @@ impl Client {
             other => return Err(AgentError::Protocol(format!("{other:?} to a command"))),
         };
         let (ended, exit) = watch::channel(Progress::Running);
-        let busy = Busy::new(&self.0.waiting);
         let (to, reader) = if answer.goes_on {
             // Adopted also for who is not there any more: what the stream's end is to end.
             let session = self.clone();

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The protocol's version; both sides must have the same.
-pub const VERSION: u16 = 9;
+pub const VERSION: u16 = 10;
 
 /// Begins a handshake frame. All bytes differ, so a match never has to be re-examined.
 pub const MARKER: [u8; 8] = [0xF5, b'v', b'm', b'k', b'i', b't', 0x1A, 0xA7];
@@ -303,12 +303,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             }
             let mut frame = [0; FRAME];
             for byte in &mut frame {
-                match std::future::poll_fn(|cx| self.lock().poll_raw_byte(cx)).await? {
-                    Some(next) => *byte = next,
-                    None => {
+                match std::future::poll_fn(|cx| self.lock().poll_raw_byte(cx)).await {
+                    Ok(Some(next)) => *byte = next,
+                    ended => {
                         // Half a frame and the end of the line: the next host's is a frame of its own.
                         self.lock().marked = false;
-                        return Ok(None);
+                        return ended.map(|_| None);
                     }
                 }
             }

@@ -5,7 +5,7 @@ mod before;
 use std::collections::VecDeque;
 use std::task::Poll;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use yamux::{Config, Connection, Mode};
@@ -15,6 +15,12 @@ use crate::protocol::Answer;
 
 /// One stream of a session, with flow control of its own. Dropped without having been shut down, it is reset.
 pub(crate) type Stream = Compat<yamux::Stream>;
+
+/// Tells the other side that a stream which it opened was taken, where nothing is written that would: it opens only so many
+/// without.
+pub(crate) async fn acknowledge(stream: &mut Stream) {
+    let _ = stream.write(&[]).await;
+}
 
 /// Streams at once: 256 commands with four each.
 const STREAMS: usize = 1024;
@@ -30,9 +36,27 @@ pub(crate) struct Opener(mpsc::UnboundedSender<Wanted>);
 pub(crate) enum Wanted {
     Stream(oneshot::Sender<Stream>),
     /// An answer to a request, if the session has not begun; nothing if it has.
-    Answer(Vec<u8>, oneshot::Sender<Option<Answer>>),
+    Answer(Vec<u8>, oneshot::Sender<Option<Told>>),
     /// What was wanted before has been said.
     Said(oneshot::Sender<()>),
+}
+
+impl Wanted {
+    /// Whether nobody waits for it any more.
+    fn is_given_up(&self) -> bool {
+        match self {
+            Wanted::Stream(reply) => reply.is_closed(),
+            Wanted::Answer(_, reply) => reply.is_closed(),
+            Wanted::Said(reply) => reply.is_closed(),
+        }
+    }
+}
+
+/// An answer on its way. Dropped on it, what was begun ends.
+#[derive(Debug)]
+pub(crate) struct Told {
+    answer: Answer,
+    taken: oneshot::Sender<()>,
 }
 
 impl Opener {
@@ -48,7 +72,11 @@ impl Opener {
     pub(crate) async fn ask(&self, request: Vec<u8>) -> Option<Option<Answer>> {
         let (reply, answer) = oneshot::channel();
         self.0.send(Wanted::Answer(request, reply)).ok()?;
-        answer.await.ok()
+        let told = answer.await.ok()?;
+        Some(told.map(|Told { answer, taken }| {
+            let _ = taken.send(());
+            answer
+        }))
     }
 
     /// Returns when what was wanted before has been said, and what was let go of.

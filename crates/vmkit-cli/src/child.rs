@@ -84,13 +84,14 @@ pub struct Started {
     deadline: Option<Instant>,
 }
 
-/// Starts it. Its timeout counts from now: a guest that hangs does not even start it, and that is `None`.
+/// Starts it. Its timeout counts from now: of a short command nothing may be said until then, and a guest that hangs does not even
+/// start it; that is `None`.
 pub async fn start(command: Command, limit: Option<Duration>, output: &Output) -> Result<Option<Started>, Failure> {
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     match command.spawn().await {
         Ok(child) => Ok(Some(Started { child, deadline })),
         Err(error) if error.kind() == ErrorKind::TimedOut => {
-            output.warn("the guest had not started the command when its time was over: its agent does not answer, or is very slow");
+            output.warn("the command's time was over before the guest said anything of it: it takes longer, or the guest's agent does not answer");
             Ok(None)
         }
         Err(error) => Err(not_started(error)),
@@ -271,6 +272,10 @@ impl Pump {
         loop {
             let before = self.steps.load(Ordering::Acquire);
             match timeout(SILENCE, &mut self.task).await {
+                Ok(Ok(Err(error))) if error.kind() == std::io::ErrorKind::ConnectionAborted => {
+                    let lost = "the line to the guest's agent broke before all of the command's output had arrived";
+                    return Err(Error::new(ErrorKind::Agent, lost).hint("what was printed may not be all of it"));
+                }
                 Ok(Ok(Err(error))) if error.kind() != std::io::ErrorKind::BrokenPipe => {
                     let lost = Error::io("the command's output could not be written, and is lost", error);
                     return Err(lost.hint("make room where the output goes, and run the command again"));
@@ -296,14 +301,16 @@ async fn pump(from: GuestReader, to: std::fs::File, counts: [Arc<AtomicU64>; 3])
     loop {
         steps.fetch_add(1, Ordering::AcqRel);
         let since = Instant::now();
-        // A stream that breaks is a machine that went away: waiting for the command tells.
-        let length = from.read(&mut buffer).await.unwrap_or(0);
+        let read = from.read(&mut buffer).await;
         waits += since.elapsed();
         waited.store(u64::try_from(waits.as_millis()).unwrap_or(u64::MAX), Ordering::Release);
         steps.fetch_add(1, Ordering::AcqRel);
-        if length == 0 {
-            return Ok(());
-        }
+        // A stream that breaks is a machine that went away: waiting for the command tells, if it had not ended.
+        let length = match read {
+            Ok(0) => return Ok(()),
+            Ok(length) => length,
+            Err(_) => return Err(std::io::ErrorKind::ConnectionAborted.into()),
+        };
         // Dropping the stream on a failure is what tells the command that nobody reads.
         to.write_all(&buffer[..length]).await?;
         to.flush().await?;

@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::process::Stdio;
+use std::time::Duration;
 
 use common::{State, eventually, signalled, text};
 
@@ -99,6 +100,27 @@ fn a_machine_that_cannot_go_on_boots_from_its_disk() {
         state.ok(&["stop", "web"]);
     }
     assert_eq!(state.fails(3, &["start", "--discard", "nobody"])["code"], "not-found");
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
+fn a_short_command_ends_with_who_asked_for_it() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    // Too short to be told of when its time is over, or its host is gone; nobody else says anything to the guest meanwhile.
+    let late = |name: &str| format!("sleep 1; echo done > /dev/shm/{name}");
+    let mut host = state.command(&["exec", "web", "--", "sh", "-c", &late("killed")]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    host.kill().unwrap();
+    host.wait().unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    let timed =
+        state.command(&["exec", "--timeout", "100ms", "web", "--", "sh", "-c", &late("timed")]).output().unwrap();
+    assert_eq!(timed.status.code(), Some(124), "{timed:?}");
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(state.ok(&["exec", "web", "--", "ls", "/dev/shm"]), "", "a command outlived who asked for it");
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
 }

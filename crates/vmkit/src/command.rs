@@ -202,7 +202,15 @@ impl Command {
         let (status, read) = tokio::join!(child.wait(), reading);
         // A stream that broke because the machine went away is that error, not one of its own.
         let status = status?;
-        read.map_err(|source| Error::io("reading a command's output", source).on(child.instance.id().as_str()))?;
+        if let Err(source) = read {
+            // It ended, and not all that it said has arrived: that is no success.
+            let lost = match source.kind() {
+                std::io::ErrorKind::ConnectionAborted => Error::new(ErrorKind::Agent, OUTPUT_LOST),
+                _ => Error::io("reading a command's output", source),
+            };
+            failed(&child.mark);
+            return Err(cause(lost, &mut child.gone, &child.instance).await.on(child.instance.id().as_str()));
+        }
         Ok(Output { status, stdout: out, stderr: err })
     }
 }
@@ -215,6 +223,9 @@ impl std::fmt::Debug for Command {
             .finish_non_exhaustive()
     }
 }
+
+/// A command ended, and what it said did not all arrive.
+const OUTPUT_LOST: &str = "the line to the guest's agent broke before all of the command's output had arrived";
 
 /// Whoever counts on a command learns that it did not end with success.
 fn failed(mark: &Option<Arc<AtomicBool>>) {
@@ -257,7 +268,8 @@ async fn read_all(from: Option<GuestReader>, into: &mut Vec<u8>) -> std::io::Res
 pub struct Child {
     /// Its standard input, when connected; drop it to signal the end.
     pub stdin: Option<GuestWriter>,
-    /// Its standard output, when connected. What is not read holds the process back; nothing is lost.
+    /// Its standard output, when connected. What is not read holds the process back; nothing is lost. Where the machine goes away
+    /// first, what had arrived is followed by an error.
     pub stdout: Option<GuestReader>,
     /// Its standard error, when connected.
     pub stderr: Option<GuestReader>,

@@ -12,6 +12,7 @@
 //! also when a child of it keeps its output open. The control stream ends when both outputs are spoken for.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -30,7 +31,7 @@ use tokio::time::{sleep, timeout};
 use super::quiet::Quiet;
 use super::spawn::Process;
 use super::{ENDS, Inner, MAX_EXECS, lock, procs};
-use crate::mux::{Opener, Stream};
+use crate::mux::{Opener, Stream, acknowledge};
 use crate::protocol::{self, Control, Exit, Header, Reply, Which};
 
 /// Read from a pipe and written to a stream at once, at most.
@@ -154,8 +155,8 @@ impl Command {
         Reply::Started(self.pid.as_raw_nonzero().get().unsigned_abs())
     }
 
-    /// Waits for its end for as long as it is a brief one, and until its host says something.
-    pub async fn is_over(&mut self, quiet: &Quiet, host: impl Future) {
+    /// Waits for its end for as long as it is a brief one, and until its host says something. False when the host has left.
+    pub async fn is_over(&mut self, quiet: &Quiet, host: impl Future<Output = io::Result<bool>>) -> bool {
         let mut host = pin!(host);
         let mut looks = Looks::default();
         loop {
@@ -163,13 +164,13 @@ impl Command {
                 biased;
                 status = &mut self.exit => {
                     self.exited = status.ok();
-                    return;
+                    return true;
                 }
-                _ = &mut host => return,
+                heard = &mut host => return heard.unwrap_or(false),
                 () = quiet.pause(looks.pause) => {}
             }
             if !looks.are_worth_it(&mut self.outputs) {
-                return;
+                return true;
             }
         }
     }
@@ -436,6 +437,7 @@ async fn listen(
 /// Host to process. The end of the stream is the end of its input.
 async fn feed(stream: oneshot::Receiver<Stream>, mut pipe: pipe::Sender) {
     let Ok(mut stream) = stream.await else { return };
+    acknowledge(&mut stream).await;
     let mut chunk = vec![0; CHUNK];
     loop {
         match stream.read(&mut chunk).await {

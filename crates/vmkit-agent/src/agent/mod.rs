@@ -29,6 +29,7 @@ use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use yamux::Mode;
 
 use crate::link::{Handshake, Kind, Link, VERSION};
@@ -189,7 +190,11 @@ impl Agent {
                 tokio::select! {
                     biased;
                     () = link.interrupted() => {}
-                    _ = &mut live.ends => *session = None,
+                    _ = &mut live.ends => {
+                        let alone = lock(&live.alone).take();
+                        *session = None;
+                        end_alone(alone, &self.0).await;
+                    }
                 }
             }
             let mut next = std::pin::pin!(link.next_handshake());
@@ -216,14 +221,25 @@ impl Agent {
             match hello.kind {
                 Kind::Hello | Kind::Bye => unsaid = false,
                 Kind::Ask if hello.version == VERSION && host.is_some() => {
-                    if let Some(waits) = host
-                        && let Some(answer) = self.asked(&link, number, waits, &hello.payload).await
-                    {
-                        let payload = protocol::payload(&answer);
-                        let nonce = hello.nonce;
-                        link.send_handshake(&Handshake { kind: Kind::Answer, version: VERSION, nonce, payload })
-                            .await?;
-                        self.0.spare_soon();
+                    let Some(waits) = host else { continue };
+                    let is_there = match self.asked(&link, number, waits, &hello.payload).await {
+                        Asked::Answer(answer) => {
+                            let payload = protocol::payload(&answer);
+                            let nonce = hello.nonce;
+                            let answer = Handshake { kind: Kind::Answer, version: VERSION, nonce, payload };
+                            let told = self.tell(&link, &answer).await?;
+                            self.0.spare_soon();
+                            told
+                        }
+                        Asked::Nothing => true,
+                        Asked::Left => false,
+                    };
+                    if !is_there {
+                        end_alone(waits.alone.take(), &self.0).await;
+                        *host = None;
+                        if kind == Line::Once {
+                            return Ok(());
+                        }
                     }
                     continue;
                 }
@@ -279,15 +295,34 @@ impl Agent {
         protocol::payload(&reply)
     }
 
-    /// Does what needs no session. Nothing is to be said to a host that only wants to be told soon: it is, or it was.
-    async fn asked<S>(&self, link: &Link<S>, number: u64, host: &mut Host, payload: &[u8]) -> Option<Answer>
+    /// Says something to a host, unless it leaves first: a port takes nothing then until another comes, to whom it says nothing.
+    /// False when it has left.
+    async fn tell<S>(&self, link: &Link<S>, said: &Handshake) -> io::Result<bool>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let mut telling = std::pin::pin!(link.send_handshake(said));
+        tokio::select! {
+            biased;
+            told = &mut telling => return told.map(|()| true),
+            heard = link.heard() => if !heard? {
+                return Ok(false);
+            }
+        }
+        // It said more before it left, if it has: its end cannot be heard before that.
+        let _busy = self.0.quiet.busy();
+        timeout(ENDS, telling).await.map_or(Ok(false), |told| told.map(|()| true))
+    }
+
+    /// Does what needs no session.
+    async fn asked<S>(&self, link: &Link<S>, number: u64, host: &mut Host, payload: &[u8]) -> Asked
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         if payload.is_empty() {
-            return None;
+            return Asked::Nothing;
         }
-        let only = |reply| Some(Answer { replies: vec![reply], goes_on: false });
+        let only = |reply| Asked::Answer(Answer { replies: vec![reply], goes_on: false });
         let request = match protocol::decode::<Request>(payload) {
             Ok(request) if request.is_short() => request,
             Ok(_) => return only(Reply::Failed(Failure::Invalid, "that takes a session".into())),
@@ -304,14 +339,18 @@ impl Agent {
             Err((failure, message)) => return only(Reply::Failed(failure, message)),
         };
         let waits = self.0.quiet.waits(number);
-        command.is_over(&self.0.quiet, link.heard()).await;
+        let is_there = command.is_over(&self.0.quiet, link.heard()).await;
         drop(waits);
+        if !is_there {
+            host.alone = Some(command);
+            return Asked::Left;
+        }
         if let Some(replies) = command.all() {
-            return Some(Answer { replies, goes_on: false });
+            return Asked::Answer(Answer { replies, goes_on: false });
         }
         let replies = vec![command.started()];
         host.alone = Some(command);
-        Some(Answer { replies, goes_on: true })
+        Asked::Answer(Answer { replies, goes_on: true })
     }
 
     /// Does what is done at once, or gives the request back.
@@ -370,10 +409,19 @@ impl Agent {
         let ends = tokio::spawn(async move {
             let _busy = busy;
             let _ = drive.await;
-            let _ = tokio::time::timeout(ENDS, ended.recv()).await;
+            let _ = timeout(ENDS, ended.recv()).await;
         });
         Live { drive: abort, ends, alone }
     }
+}
+
+/// What came of a request that was made before a session.
+enum Asked {
+    Answer(Answer),
+    /// There is nothing to be said to a host that only wants to be told soon: it is, or it was.
+    Nothing,
+    /// The host left meanwhile.
+    Left,
 }
 
 /// A host that was greeted.

@@ -107,7 +107,8 @@ impl AsyncWrite for ExecStdin {
     }
 }
 
-/// One of a command's outputs. What is not read holds the command back; nothing is lost.
+/// One of a command's outputs. What is not read holds the command back; nothing is lost. When the session is lost before all of it
+/// was read, that is an error after what had arrived, and no end.
 #[derive(Debug)]
 pub struct ExecReader {
     pub(super) state: Reading,
@@ -131,14 +132,22 @@ impl AsyncRead for ExecReader {
                     self.state = match ready!(Pin::new(stream).poll(cx)) {
                         Ok(Arrived::Stream(stream)) => Reading::Open(stream),
                         Ok(Arrived::Whole(bytes)) => Reading::Whole(io::Cursor::new(bytes)),
-                        Err(_) => Reading::Ended,
+                        // Who says nothing of it has not come to its end.
+                        Err(_) => {
+                            self.state = Reading::Ended;
+                            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+                        }
                     };
                 }
                 Reading::Whole(bytes) => return Pin::new(bytes).poll_read(cx, buf),
                 Reading::Open(stream) => {
                     let before = buf.filled().len();
-                    let read = ready!(Pin::new(stream).poll_read(cx, buf));
+                    let mut read = ready!(Pin::new(&mut *stream).poll_read(cx, buf));
                     if read.is_err() || buf.filled().len() == before {
+                        // Its other side has ended a stream that was read to its end, and not all of them at once.
+                        if read.is_ok() && stream.get_ref().is_closed() {
+                            read = Err(io::ErrorKind::ConnectionAborted.into());
+                        }
                         self.state = Reading::Ended;
                     }
                     return Poll::Ready(read);

@@ -8,7 +8,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::exec::Progress;
 use super::lock;
-use crate::mux::Stream;
+use crate::mux::{Stream, acknowledge};
 use crate::protocol::{self, Header, Reply, Which};
 
 pub(super) type Waiting = Arc<Mutex<Readers>>;
@@ -81,6 +81,7 @@ impl Arrivals {
     pub fn hand_over(&self, mut stream: Stream) {
         let busy = Busy::new(&self.0);
         tokio::spawn(async move {
+            acknowledge(&mut stream).await;
             if let Ok(Some(Header { id, which })) = protocol::read(&mut stream).await
                 && let Some(reader) = lock(&busy.0).all.remove(&(id, which))
             {

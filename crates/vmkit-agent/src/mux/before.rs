@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
-use super::Wanted;
+use super::{Told, Wanted};
 use crate::client::nonce;
 use crate::link::{Handshake, Kind, Link, VERSION};
 use crate::protocol::{self, Answer};
@@ -45,6 +45,8 @@ where
         };
         match wanted {
             None => return false,
+            // Who asked is not there any more: nothing is begun for nobody.
+            Some(wanted) if wanted.is_given_up() => {}
             Some(Wanted::Said(reply)) => drop(reply.send(())),
             Some(Wanted::Answer(request, reply)) => match answer(link, request, reply, wants, waiting).await {
                 Next::More => {}
@@ -72,7 +74,7 @@ enum Next {
 async fn answer<S>(
     link: &Link<S>,
     request: Vec<u8>,
-    mut reply: oneshot::Sender<Option<Answer>>,
+    mut reply: oneshot::Sender<Option<Told>>,
     wants: &mut UnboundedReceiver<Wanted>,
     waiting: &mut VecDeque<Wanted>,
 ) -> Next
@@ -86,6 +88,13 @@ where
     }
     // What is to be sent next: nothing can be said while something is being heard, and hearing is not broken off.
     let mut hurried = false;
+    waiting.retain(|wanted| !wanted.is_given_up());
+    if !waiting.is_empty() {
+        hurried = true;
+        if link.send_handshake(&frame(Kind::Ask, Vec::new())).await.is_err() {
+            return Next::Over;
+        }
+    }
     let heard = loop {
         let mut next = pin!(link.next_handshake());
         let heard = loop {
@@ -117,10 +126,14 @@ where
     // What cannot be read is nothing, and its asker says so.
     let answer: Answer = protocol::decode(&heard).unwrap_or_default();
     let goes_on = answer.goes_on;
-    match reply.send(Some(answer)) {
-        Ok(()) if goes_on => Next::Begins,
-        Err(_) if goes_on => give_up(link, pin!(link.next_handshake()), frame(Kind::Hello, Vec::new())).await,
-        Ok(()) | Err(_) => Next::More,
+    let (taken, is_taken) = oneshot::channel();
+    let told = reply.send(Some(Told { answer, taken })).is_ok();
+    if !goes_on {
+        return Next::More;
+    }
+    match told && is_taken.await.is_ok() {
+        true => Next::Begins,
+        false => give_up(link, pin!(link.next_handshake()), frame(Kind::Hello, Vec::new())).await,
     }
 }
 
