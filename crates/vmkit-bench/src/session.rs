@@ -4,6 +4,8 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::thread;
+use std::time::Duration;
 
 use vmkit::Error as VmkitError;
 use vmkit::pool::Staging;
@@ -27,6 +29,8 @@ const WARM: usize = 25;
 /// How often the floor's answers before each acquire: the first time its memory is not in the processor's caches, as that of a
 /// machine that waits in a pool never is.
 const BESIDE: usize = 5;
+/// How long the floor's machine rests before that. One that was asked a moment ago answers sooner than one that waits in a pool.
+const RESTS: Duration = Duration::from_millis(250);
 
 /// What is to be done in a run.
 #[derive(Clone)]
@@ -217,6 +221,8 @@ fn pools(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> 
     let mut bare = floor.warm(&mut report.floor)?;
     let samples = &mut report.floor;
     ours.pool(Staging::Running, &mut report.ours, || {
+        thread::sleep(RESTS);
+        samples.add("process_rested", bare.process()?);
         for _ in 0..BESIDE {
             samples.add("process_beside", bare.process()?);
         }
