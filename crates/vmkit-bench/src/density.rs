@@ -1,6 +1,6 @@
 //! Density: many ready machines on one host, whether each of them answers, and what it costs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
@@ -15,6 +15,9 @@ use crate::samples::{median, ms, rank};
 pub const FEW: usize = 10;
 /// Memory that a ready machine of the bench needs for itself, MiB, generously.
 const EACH: u64 = 40;
+/// How long they are left alone before they are used, few or many: a machine that has just been made answers sooner than one that has
+/// waited, whose memory is in no processor's caches any more.
+const RESTS: Duration = Duration::from_secs(30);
 /// How many are made at once.
 const AT_ONCE: usize = 2;
 
@@ -67,6 +70,8 @@ impl Ours {
                 tokio::time::sleep(FILLS).await;
             }
             let ready_s = clock.elapsed().as_secs_f64();
+            self.tell.note(&format!("{machines} machines rest for {} s", RESTS.as_secs()));
+            tokio::time::sleep(RESTS).await;
             let host_mib = before.saturating_sub(available()?) as f64 / machines as f64;
             let (mut took, mut unique, mut held) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..machines {

@@ -59,6 +59,12 @@ pub const OURS: &[Figure] = &[
         "from a running, warm pool, to a process's answer",
     ),
     figure(
+        "acquire_running_rested",
+        Some("process_rested"),
+        None,
+        "acquire_running by a warm bare machine that has rested too",
+    ),
+    figure(
         "acquire_suspended",
         Some("resume_answer"),
         Some(Target::Ratio(1.5)),
@@ -135,6 +141,7 @@ pub fn ours(name: &str) -> Option<&'static Figure> {
 /// The figure of ours that a row shows: itself, unless it holds another one against something else of the floor's.
 pub fn shown(name: &'static str) -> &'static str {
     match name {
+        "acquire_running_rested" => "acquire_running",
         "burst_median_bare" | "burst_median_turns" => "burst_median",
         "burst_p99_bare" | "burst_p99_turns" => "burst_p99",
         itself => itself,

@@ -301,7 +301,7 @@ impl Instance {
             State::Running => return self.just_ended(),
             State::Starting => "try again when it is running",
             State::Initial | State::Cloning | State::Deleting | State::Deleted => "clone and start it first",
-            State::Stopping | State::Suspending => "start it again first",
+            State::Stopping | State::Suspending => "start it again when that is over",
             State::ErrorUnknown => "delete it and clone it again",
         };
         Error::new(ErrorKind::NotRunning, format!("the machine is not running, it is {state}"))
