@@ -29,7 +29,9 @@ const WARM: usize = 25;
 /// How often the floor's answers before each acquire: the first time its memory is not in the processor's caches, as that of a
 /// machine that waits in a pool never is.
 const BESIDE: usize = 5;
-/// How long the floor's machine rests before that. One that was asked a moment ago answers sooner than one that waits in a pool.
+/// How often the floor's machine answers after a rest.
+const RESTED: usize = 10;
+/// How long it rests. One that was asked a moment ago answers sooner than one that waits in a pool.
 const RESTS: Duration = Duration::from_millis(250);
 
 /// What is to be done in a run.
@@ -220,9 +222,11 @@ fn warm(floor: &mut Floor, ours: Option<&mut Ours>, report: &mut Report) -> Resu
 fn pools(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> {
     let mut bare = floor.warm(&mut report.floor)?;
     let samples = &mut report.floor;
-    ours.pool(Staging::Running, &mut report.ours, || {
+    for _ in 0..RESTED {
         thread::sleep(RESTS);
         samples.add("process_rested", bare.process()?);
+    }
+    ours.pool(Staging::Running, &mut report.ours, || {
         for _ in 0..BESIDE {
             samples.add("process_beside", bare.process()?);
         }
