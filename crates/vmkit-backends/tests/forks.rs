@@ -183,6 +183,32 @@ fn a_fork_is_suspended_with_its_memory_and_goes_on() {
 }
 
 #[test]
+fn a_qemu_that_saves_what_is_not_known_saves_as_it_likes() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        let vm = farm.running("web").await;
+        sh(&vm, "head -c 5000000 /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum").await;
+        let dir = farm.qemu().machine_dir(vm.id());
+        // A section that no machine of ours has.
+        let bitmap = r#"{"execute": "block-dirty-bitmap-add", "arguments": {"node": "disk", "name": "odd"}}"#;
+        let ability = r#"{"capability": "dirty-bitmaps", "state": true}"#;
+        let able =
+            format!(r#"{{"execute": "migrate-set-capabilities", "arguments": {{"capabilities": [{ability}]}}}}"#);
+        tell(&dir, &[bitmap, &able]);
+        let error = vm.fork(1).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Unsupported && error.next_step().is_some(), "{error:?}");
+        sh(&vm, "md5sum -c /dev/shm/sum").await;
+        vm.suspend().await.unwrap();
+        assert!(dir.join("state.full").exists() && !dir.join("memory.apart").exists());
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        sh(&vm, "md5sum -c /dev/shm/sum").await;
+        discard(&vm).await;
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}
+
+#[test]
 fn what_an_older_vmkit_suspended_with_its_memory_in_it_goes_on() {
     let Some(image) = base() else { return };
     let farm = Farm::new(image, false);

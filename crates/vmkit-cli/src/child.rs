@@ -273,8 +273,7 @@ impl Pump {
             let before = self.steps.load(Ordering::Acquire);
             match timeout(SILENCE, &mut self.task).await {
                 Ok(Ok(Err(error))) if error.kind() == std::io::ErrorKind::ConnectionAborted => {
-                    let lost = "the line to the guest's agent broke before all of the command's output had arrived";
-                    return Err(Error::new(ErrorKind::Agent, lost).hint("what was printed may not be all of it"));
+                    return Err(Error::output_lost(error));
                 }
                 Ok(Ok(Err(error))) if error.kind() != std::io::ErrorKind::BrokenPipe => {
                     let lost = Error::io("the command's output could not be written, and is lost", error);

@@ -84,6 +84,9 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
             }
             assert_eq!(state.pids(), [0; 0]);
             state.ok(&["start", "web"]);
+            for file in ["memory.apart", "state.apart", "state.tmp", "save.sock"] {
+                assert!(!state.path().join("vms/web").join(file).exists(), "{file} is left");
+            }
             assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
             state.ok(&["exec", "web", "--", "md5sum", "-c", "/dev/shm/sum"]);
         }

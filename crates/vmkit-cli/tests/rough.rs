@@ -126,6 +126,24 @@ fn a_short_command_ends_with_who_asked_for_it() {
 }
 
 #[test]
+fn output_that_was_lost_with_its_machine_is_no_success() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    // More than is on the way when nobody reads, but for what the guest itself can hold: it ends.
+    let script = "head -c 310000 /dev/zero; echo over > /dev/shm/over";
+    let mut command = state.command(&["exec", "web", "--", "sh", "-c", script]);
+    let exec = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    eventually(|| state.ok(&["exec", "web", "--", "ls", "/dev/shm"]).contains("over"));
+    state.ok(&["stop", "--force", "web"]);
+    let output = exec.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{} bytes, {}", output.stdout.len(), text(&output.stderr));
+    assert!(output.stdout.len() < 310_000 && text(&output.stderr).contains("next: "), "{}", text(&output.stderr));
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
 fn a_suspend_that_cannot_begin_changes_nothing() {
     let Some(state) = State::new() else { return };
     state.ok(&["clone", "web"]);

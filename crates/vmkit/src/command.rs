@@ -204,12 +204,10 @@ impl Command {
         let status = status?;
         if let Err(source) = read {
             // It ended, and not all that it said has arrived: that is no success.
-            let lost = match source.kind() {
-                std::io::ErrorKind::ConnectionAborted => Error::new(ErrorKind::Agent, OUTPUT_LOST),
-                _ => Error::io("reading a command's output", source),
-            };
             failed(&child.mark);
-            return Err(cause(lost, &mut child.gone, &child.instance).await.on(child.instance.id().as_str()));
+            return Err(cause(Error::output_lost(source), &mut child.gone, &child.instance)
+                .await
+                .on(child.instance.id().as_str()));
         }
         Ok(Output { status, stdout: out, stderr: err })
     }
@@ -223,9 +221,6 @@ impl std::fmt::Debug for Command {
             .finish_non_exhaustive()
     }
 }
-
-/// A command ended, and what it said did not all arrive.
-const OUTPUT_LOST: &str = "the line to the guest's agent broke before all of the command's output had arrived";
 
 /// Whoever counts on a command learns that it did not end with success.
 fn failed(mark: &Option<Arc<AtomicBool>>) {

@@ -168,6 +168,17 @@ impl Error {
         }
     }
 
+    /// What reading a command's output has failed with: when the line broke, not all of it has arrived.
+    pub fn output_lost(source: std::io::Error) -> Error {
+        match source.kind() {
+            std::io::ErrorKind::ConnectionAborted => {
+                let lost = "the line to the guest's agent broke before all of the command's output had arrived";
+                Error::new(ErrorKind::Agent, lost).hint("what has arrived may not be all of it: run the command again")
+            }
+            _ => Error::io("reading a command's output", source),
+        }
+    }
+
     /// Names the machine.
     #[must_use]
     pub fn on(mut self, instance: &str) -> Error {

@@ -9,6 +9,7 @@ use vmkit::{Action, Fact, Id, Result};
 use super::layout::{self, Layout, MEMORY_APART, QMP, STATE_PARTIAL, STATE_SPENT};
 use super::line::Line;
 use super::qmp::{Memory, Qmp};
+use super::split;
 use crate::process::Identity;
 
 /// How long a guest that was paused half way may take to go on.
@@ -43,8 +44,7 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     if layout::saved(&dir).is_none_or(|(_, memory)| memory != Memory::Apart) {
         layout::remove(&dir.join(MEMORY_APART))?;
     }
-    layout::remove(&dir.join(STATE_PARTIAL))?;
-    layout::remove(&dir.join(STATE_SPENT))
+    [STATE_PARTIAL, STATE_SPENT, split::SOCKET].iter().try_for_each(|file| layout::remove(&dir.join(file)))
 }
 
 async fn go_on(dir: &std::path::Path) -> Result<()> {

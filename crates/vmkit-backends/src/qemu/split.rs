@@ -10,8 +10,7 @@
 //!  sections of the devices ──────────────────────────────────▶ as they are
 //! ```
 //!
-//! QEMU itself could load such memory into a file too, but writes it through a mapping, page by page: ten times slower, and it
-//! would be done when somebody waits for the machine to go on. What is written here is QEMU's migration stream, which newer QEMUs
+//! QEMU itself could load such memory into a file too, but when somebody waits for the machine to go on: 12 s for 1.4 GiB. What is written here is QEMU's migration stream, which newer QEMUs
 //! keep reading: `docs/devel/migration` of its source. Whatever in it is not known here is an error before anything was lost.
 
 use std::fs::File;
@@ -64,7 +63,7 @@ const BLOCK: &[u8] = b"m0";
 /// Longer than the name of any machine type.
 const NAME: usize = 256;
 /// Where QEMU connects to, in its directory.
-const SOCKET: &str = "save.sock";
+pub(super) const SOCKET: &str = "save.sock";
 
 /// What QEMU is told to save to.
 pub(super) const URI: &str = "unix:save.sock";
@@ -397,6 +396,7 @@ impl Memory {
 
 fn unknown(what: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this QEMU saves executions in a way that is not known: {what}"))
+        .hint("use another version of QEMU: `vmkit doctor` says which this one is; nothing was changed")
 }
 
 fn unreadable(error: io::Error) -> Error {
