@@ -10,7 +10,7 @@ use qapi::futures::{QapiStream, QmpStreamNegotiation, QmpStreamTokio};
 use qapi::qmp::QmpCommand;
 use qapi::qmp::{
     self, Event, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
-    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus, RunState,
+    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus, RunState, YankInstance,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{ReadHalf, WriteHalf};
@@ -241,7 +241,7 @@ impl Qmp {
                     | MigrationStatus::completed
                     | MigrationStatus::failed
                     | MigrationStatus::cancelled,
-                ) => return Ok(()),
+                ) => return self.cleared().await,
                 _ => sleep(Duration::from_millis(2)).await,
             }
         }
@@ -316,6 +316,8 @@ impl Qmp {
             match info.status {
                 Some(MigrationStatus::completed) => return Ok(true),
                 Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
+                    // Whether that went well or not: why it failed says more.
+                    let _ = self.cleared().await;
                     let why = info.error_desc.unwrap_or_else(|| "QEMU does not say why".into());
                     return Err(Error::new(ErrorKind::Backend, format!("{doing} failed: {why}")));
                 }
@@ -327,6 +329,20 @@ impl Qmp {
             }
             patience = (patience * 2).min(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until nothing is left of saving that failed or was ended. QEMU announces that first, and has work left for a moment, in which
+    /// it refuses to save again.
+    async fn cleared(&mut self) -> Result<()> {
+        let until = Instant::now() + ANSWERS;
+        while self.execute(qmp::query_yank {}).await?.iter().any(|left| matches!(left, YankInstance::migration))
+        {
+            if Instant::now() > until {
+                return Err(late("ending what it saved"));
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
     }
 
     /// Waits until QEMU announces that saving or loading is done, or has failed, at most that long.
