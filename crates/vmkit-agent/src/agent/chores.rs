@@ -8,8 +8,9 @@ use tokio::time::sleep_until;
 
 use super::{Inner, lock, renew};
 
-/// How long the agent does nothing before it makes a spare: whoever asks next is answered first.
-const REST: Duration = Duration::from_millis(150);
+/// How long after a command the agent makes a spare: whoever asks next is answered first, and where many machines were asked at once,
+/// those that have answered do not keep the others from it.
+const REST: Duration = Duration::from_secs(1);
 /// How long after a guest became another it writes that down, should nothing make it do so before: most are gone by then, and a pool
 /// that is being filled is not kept from it by those that are ready. One that is killed before boots as somebody new.
 const SETTLES: Duration = Duration::from_secs(60);

@@ -335,8 +335,7 @@ impl Qmp {
     /// it refuses to save again.
     async fn cleared(&mut self) -> Result<()> {
         let until = Instant::now() + ANSWERS;
-        while self.execute(qmp::query_yank {}).await?.iter().any(|left| matches!(left, YankInstance::migration))
-        {
+        while self.execute(qmp::query_yank {}).await?.iter().any(|left| matches!(left, YankInstance::migration)) {
             if Instant::now() > until {
                 return Err(late("ending what it saved"));
             }
