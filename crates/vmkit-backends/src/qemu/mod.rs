@@ -36,6 +36,7 @@ mod socket;
 mod split;
 mod suspend;
 mod template;
+mod through;
 mod turns;
 
 use std::path::{Path, PathBuf};

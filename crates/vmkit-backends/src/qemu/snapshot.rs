@@ -173,7 +173,7 @@ impl QemuDriver {
         self.ask_agent(async |agent: Client| agent.freeze(true).await).await?;
         let (files, size) = ((draft.join(STATE_APART), draft.join(MEMORY)), self.spec.memory_mib << 20);
         let saving = qmp.save_running(split::URI, CHASES, size * WRITES);
-        let since = split::receive(&self.dir, files, size, saving).await?;
+        let since = split::receive(&self.dir, files, size, false, saving).await?;
         // No more than it wrote, and it stands still for it.
         let (from, to) = (self.file(DISK), draft.join(DISK));
         blocking(move || {

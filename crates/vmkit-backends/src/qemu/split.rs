@@ -25,6 +25,7 @@ use vmkit::{Error, ErrorKind, Result};
 
 use super::arch::ARCH;
 use super::layout;
+use super::through::Through;
 
 /// How long what was taken apart of a save that failed may take to be known.
 const ENDS: Duration = Duration::from_secs(2);
@@ -69,7 +70,8 @@ pub(super) const SOCKET: &str = "save.sock";
 pub(super) const URI: &str = "unix:save.sock";
 
 /// Takes apart what a QEMU that works in `dir` saves while `saving` has it save to [`URI`], with its memory in it. The two files need
-/// not have been there.
+/// not have been there. `durable`: the memory goes to disk as it comes, as far as that makes the end of it come sooner; whoever needs it
+/// there still has to see to that.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] when QEMU writes what is not known; what saving fails with, and writing.
@@ -77,6 +79,7 @@ pub(super) async fn receive<T>(
     dir: &Path,
     (state, memory): (PathBuf, PathBuf),
     size: u64,
+    durable: bool,
     saving: impl Future<Output = Result<T>>,
 ) -> Result<T> {
     let listener = Listener::new(dir)?;
@@ -86,7 +89,7 @@ pub(super) async fn receive<T>(
         let stream = stream.map_err(unreachable)?;
         let work = move || {
             let new = |path: &Path| File::create(path).map_err(unwritable);
-            split(stream, new(&state)?, new(&memory)?, size)
+            split(stream, new(&state)?, Memory::new(new(&memory)?, size, durable)?)
         };
         tokio::task::spawn_blocking(work).await.map_err(|error| unreachable(io::Error::other(error)))?
     };
@@ -129,10 +132,9 @@ impl Drop for Listener {
 }
 
 /// Reads all that QEMU writes. Blocks.
-fn split(from: impl Read, state: impl Write, memory: File, size: u64) -> Result<()> {
-    memory.set_len(size).map_err(unwritable)?;
+fn split(from: impl Read, state: impl Write, memory: Memory) -> Result<()> {
     let (from, state) = (BufReader::with_capacity(RUN, from), BufWriter::new(state));
-    Split { from, state, memory: Memory::new(memory, size), last: None }.all()
+    Split { from, state, memory, last: None }.all()
 }
 
 struct Split<R, W: Write> {
@@ -193,10 +195,10 @@ impl<R: Read, W: Write> Split<R, W> {
             }
             next = self.take_u8()?;
         }
-        self.memory.flush().map_err(unwritable)?;
         // The devices, to the end.
         io::copy(&mut self.from, &mut self.state).map_err(unwritable)?;
-        self.state.flush().map_err(unwritable)
+        self.state.flush().map_err(unwritable)?;
+        self.memory.finish().map_err(unwritable)
     }
 
     /// What QEMU says of itself; and, which it did not, that it left out memory that is a file. Returns what comes after.
@@ -356,12 +358,15 @@ struct Memory {
     run: Vec<u8>,
     /// Which pages were written: a guest that runs writes them again, and may clear them.
     written: Vec<bool>,
+    through: Option<Through>,
 }
 
 impl Memory {
-    fn new(file: File, size: u64) -> Memory {
+    fn new(file: File, size: u64, durable: bool) -> Result<Memory> {
+        file.set_len(size).map_err(unwritable)?;
+        let through = durable.then(|| Through::new(&file)).transpose().map_err(unwritable)?;
         let pages = usize::try_from(size / PAGE_SIZE as u64).unwrap_or_default();
-        Memory { file, size, at: 0, run: Vec::with_capacity(RUN), written: vec![false; pages] }
+        Ok(Memory { file, size, at: 0, run: Vec::with_capacity(RUN), written: vec![false; pages], through })
     }
 
     fn page(&mut self, at: u64, page: &[u8; PAGE_SIZE]) -> Result<()> {
@@ -388,9 +393,16 @@ impl Memory {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.write_all_at(&self.run, self.at)?;
-        self.at += self.run.len() as u64;
+        let wrote = self.run.len() as u64;
+        self.at += wrote;
         self.run.clear();
-        Ok(())
+        self.through.as_mut().map_or(Ok(()), |through| through.wrote(wrote))
+    }
+
+    /// Writes what is left.
+    fn finish(mut self) -> io::Result<()> {
+        self.flush()?;
+        self.through.map_or(Ok(()), Through::finish)
     }
 }
 
@@ -457,7 +469,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("memory");
         let mut state = Vec::new();
-        split(stream, &mut state, File::create(&path).unwrap(), PAGES * PAGE_SIZE as u64)?;
+        split(stream, &mut state, Memory::new(File::create(&path).unwrap(), PAGES * PAGE_SIZE as u64, true)?)?;
         Ok((state, std::fs::read(path).unwrap()))
     }
 

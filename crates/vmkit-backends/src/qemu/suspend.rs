@@ -104,7 +104,8 @@ impl QemuDriver {
     async fn save_apart(&self, qmp: &mut Qmp) -> Result<Memory> {
         let files = (self.file(STATE_PARTIAL), self.file(MEMORY_APART));
         let size = self.spec.memory_mib << 20;
-        let Err(error) = split::receive(&self.dir, files, size, qmp.save(split::URI, Memory::Apart)).await else {
+        let saving = qmp.save(split::URI, Memory::Apart);
+        let Err(error) = split::receive(&self.dir, files, size, self.config.durable, saving).await else {
             return Ok(Memory::Apart);
         };
         if error.kind() != ErrorKind::Unsupported {
