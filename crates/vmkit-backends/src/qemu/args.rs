@@ -47,7 +47,7 @@ pub(crate) fn args(
     add(&["-M", &format!("{},memory-backend=m0", ARCH.machine)]);
     match accelerator {
         "kvm" => add(&["-accel", "kvm", "-cpu", "host"]),
-        _ => add(&["-accel", "tcg,thread=multi", "-cpu", "max"]),
+        _ => add(&["-accel", "tcg,thread=multi", "-cpu", ARCH.translated_cpu]),
     }
     add(&["-smp", &spec.cpus.to_string(), "-m", &spec.memory_mib.to_string()]);
     let size = spec.memory_mib << 20;
@@ -182,6 +182,7 @@ mod tests {
             assert!(!text.contains("-no-reboot") && text.contains("-incoming") == (begin != Begin::Boot), "{text}");
         }
         let kvm = line(Begin::Boot, "kvm").join(" ");
+        assert!(text.contains(&format!("-cpu {}", ARCH.translated_cpu)), "{text}");
         assert!(kvm.contains("-cpu host") && !kvm.contains("mitigations") && !kvm.contains("tsc="), "{kvm}");
     }
 }

@@ -36,7 +36,7 @@ use crate::process::Identity;
 
 const RECORD: &str = "template.json";
 /// Rises when a template that older code made is not what this code would make.
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 /// How long what a maker that died left may take to be removed.
 const CLEANUP: Duration = Duration::from_secs(60);
 
