@@ -159,6 +159,28 @@ fn nothing_of_a_machine_survives_its_reset() {
     });
 }
 
+/// Fills memory with what `md5sum -c /dev/shm/sum` knows again.
+async fn noise(vm: &Instance, bytes: u32) {
+    sh(vm, &format!("head -c {bytes} /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum")).await;
+}
+
+/// QEMU executes them byte by byte.
+#[test]
+fn a_translated_guest_has_no_fast_strings() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, false);
+    runtime().block_on(async {
+        let vm = farm.running("web").await;
+        let flags = sh(&vm, "grep -m1 ^flags /proc/cpuinfo").await;
+        let has = |flag: &str| flags.split_whitespace().any(|other| other == flag);
+        assert!(has("sse2"), "{flags}");
+        if vm.properties().accelerator.as_deref() == Some("tcg") {
+            assert!(!has("erms") && !has("fsrm"), "{flags}");
+        }
+        discard(&vm).await;
+    });
+}
+
 #[test]
 fn a_fork_is_suspended_with_its_memory_and_goes_on() {
     let Some(image) = base() else { return };
@@ -166,7 +188,7 @@ fn a_fork_is_suspended_with_its_memory_and_goes_on() {
     runtime().block_on(async {
         for own in [false, true] {
             let vm = farm.running_as("web", farm.spec().own_memory(own)).await;
-            sh(&vm, "head -c 20000000 /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum").await;
+            noise(&vm, 20000000).await;
             // The first time, and when the memory is its own in any case.
             for _ in 0..2 {
                 vm.suspend().await.unwrap();
@@ -188,7 +210,7 @@ fn a_qemu_that_saves_what_is_not_known_saves_as_it_likes() {
     let farm = Farm::new(image, false);
     runtime().block_on(async {
         let vm = farm.running("web").await;
-        sh(&vm, "head -c 5000000 /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum").await;
+        noise(&vm, 5000000).await;
         let dir = farm.qemu().machine_dir(vm.id());
         // A section that no machine of ours has.
         let bitmap = r#"{"execute": "block-dirty-bitmap-add", "arguments": {"node": "disk", "name": "odd"}}"#;
@@ -214,7 +236,7 @@ fn what_an_older_vmkit_suspended_with_its_memory_in_it_goes_on() {
     let farm = Farm::new(image, false);
     runtime().block_on(async {
         let vm = farm.running("web").await;
-        sh(&vm, "head -c 5000000 /dev/urandom > /dev/shm/noise; md5sum /dev/shm/noise > /dev/shm/sum").await;
+        noise(&vm, 5000000).await;
         let dir = farm.qemu().machine_dir(vm.id());
         let migrate = r#"{"execute": "migrate", "arguments": {"uri": "file:state.full"}}"#;
         let within = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [

@@ -14,8 +14,8 @@ pub(crate) struct Arch {
     /// Where the whole of a guest's memory begins for it, as QEMU saves that; 0 where its machine shows it in parts.
     pub memory_at: u64,
     /// The processor of a translated guest: all that QEMU knows of, but what takes longer than what a program does without it. x86_64's
-    /// fast strings are one instruction that copies or clears any amount, and QEMU does that byte by byte: with them a kernel takes
-    /// several times as long for each page. A kernel that has only one of the two flags hangs.
+    /// fast strings are one instruction that copies or clears any amount, and QEMU does that byte by byte: input to a command goes 2.3
+    /// times as fast without. Both flags or none: Debian's kernel hangs while it boots with `fsrm` and without `erms`.
     pub translated_cpu: &'static str,
     /// The device that a kernel tells of a panic.
     pub panic: &'static str,

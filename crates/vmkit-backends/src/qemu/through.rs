@@ -11,7 +11,8 @@ const PART: u64 = 64 << 20;
 /// Sends parts of a file to disk, on a thread of its own. Whoever wrote the file still has to [`finish`](Through::finish), and to see
 /// to the rest of it.
 pub(super) struct Through {
-    file: File,
+    /// Until the thread has it.
+    file: Option<File>,
     /// Bytes that were written since the last part.
     since: u64,
     thread: Option<(SyncSender<()>, JoinHandle<io::Result<()>>)>,
@@ -20,7 +21,7 @@ pub(super) struct Through {
 impl Through {
     /// For a file that somebody writes to.
     pub fn new(file: &File) -> io::Result<Through> {
-        Ok(Through { file: file.try_clone()?, since: 0, thread: None })
+        Ok(Through { file: Some(file.try_clone()?), since: 0, thread: None })
     }
 
     /// So many bytes more were written. Returns at once, also when a part is still under way: the next one is larger then.
@@ -29,8 +30,7 @@ impl Through {
         if self.since < PART {
             return Ok(());
         }
-        if self.thread.is_none() {
-            let file = self.file.try_clone()?;
+        if let Some(file) = self.file.take() {
             let (tell, told) = sync_channel(0);
             let thread = thread::Builder::new().name("vmkit-through".into());
             let thread = thread.spawn(move || told.iter().try_for_each(|()| file.sync_data()))?;
