@@ -156,3 +156,24 @@ fn a_holder_that_stands_still_keeps_nobody_from_ending() {
     state.ok(&["delete", "web"]);
     state.is_clean();
 }
+
+/// A minute: that long it is hoped for.
+#[test]
+fn a_machine_that_had_to_be_ended_says_why() {
+    let Some(state) = State::new() else { return };
+    let qemu = running(&state);
+    signalled(qemu, "-STOP");
+    let mut suspend = state.command(&["suspend", "web"]).stderr(Stdio::null()).spawn().unwrap();
+    eventually(|| state.ok(&["ls"]).contains("Suspending"));
+    suspend.kill().unwrap();
+    suspend.wait().unwrap();
+    assert_eq!(state.machines(), [("web".into(), "Stopped".into())]);
+    assert_eq!(state.pids(), [0; 0]);
+    let inspected = state.ok(&["inspect", "web"]);
+    assert!(inspected.contains("a suspend of it was cut off and could not be called off"), "{inspected}");
+    state.ok(&["start", "web"]);
+    let inspected = state.ok(&["inspect", "web"]);
+    assert!(!inspected.contains("problem"), "{inspected}");
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}

@@ -2,16 +2,50 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use common::State;
+use common::{State, signalled, text};
 
 /// Kills it after this long, unless it was quicker. Returns whether it was killed.
 fn kill_after(mut child: Child, time: Duration) -> bool {
     std::thread::sleep(time);
     let _ = child.kill();
     child.wait().unwrap().code().is_none()
+}
+
+/// Kills of a command at moments that are spread over the time it takes.
+struct Spread {
+    whole: Duration,
+    killed: u32,
+}
+
+impl Spread {
+    /// `whole` is what the command took once.
+    fn over(whole: Duration) -> Spread {
+        Spread { whole, killed: 0 }
+    }
+
+    /// Kills it at this part of its time, from 0 to 1. One that is done sooner shows what it takes by now: a machine that was
+    /// loaded when the whole was measured is not so for ever.
+    fn kill_at(&mut self, mut child: Child, part: f64) -> Duration {
+        let (start, at) = (Instant::now(), self.whole.mul_f64(part));
+        loop {
+            if child.try_wait().unwrap().is_some() {
+                self.whole = start.elapsed();
+                return at;
+            }
+            let left = at.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(2)));
+        }
+        self.killed += u32::from(kill_after(child, Duration::ZERO));
+        at
+    }
 }
 
 fn took(work: impl FnOnce()) -> Duration {
@@ -23,17 +57,17 @@ fn took(work: impl FnOnce()) -> Duration {
 #[test]
 fn killed_runs_leave_nothing_that_the_next_command_does_not_clean() {
     let Some(state) = State::new() else { return };
-    let whole = took(|| drop(state.ok(&["run", "--", "true"])));
-    let mut killed = 0;
+    let mut kills = Spread::over(took(|| drop(state.ok(&["run", "--", "true"]))));
     for step in 0..16 {
         let child = state.command(&["run", "--", "true"]).stderr(Stdio::null()).spawn().unwrap();
         // Close together at the beginning and the end, where most happens in little time.
         let part = f64::from(step) / 15.0;
-        let at = whole.mul_f64(if part < 0.5 { 2.0 * part * part } else { 1.0 - 2.0 * (1.0 - part) * (1.0 - part) });
-        killed += u32::from(kill_after(child, at));
+        let part = if part < 0.5 { 2.0 * part * part } else { 1.0 - 2.0 * (1.0 - part) * (1.0 - part) };
+        let at = kills.kill_at(child, part);
         assert_eq!(state.machines(), [], "after a kill at {at:?}");
         state.is_clean();
     }
+    let killed = kills.killed;
     assert!(killed >= 8, "only {killed} of 16 runs were killed in time");
 }
 
@@ -43,11 +77,11 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
     state.ok(&["clone", "web"]);
     state.ok(&["start", "web"]);
     state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word"]);
-    let whole = took(|| drop(state.ok(&["suspend", "web"])));
+    let mut kills = Spread::over(took(|| drop(state.ok(&["suspend", "web"]))));
     state.ok(&["start", "web"]);
     for step in 0..12 {
         let child = state.command(&["suspend", "web"]).stderr(Stdio::null()).spawn().unwrap();
-        kill_after(child, whole.mul_f64(f64::from(step) / 11.0));
+        kills.kill_at(child, f64::from(step) / 11.0);
         let machines = state.machines();
         match machines[0].1.as_str() {
             "Running" => assert_eq!(state.pids().len(), 1),
@@ -68,19 +102,20 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
         state.ok(&["exec", "web", "--", "sh", "-c", "md5sum /dev/shm/noise > /dev/shm/sum; echo word > /dev/shm/word"]);
     };
     fork();
-    let whole = took(|| drop(state.ok(&["suspend", "web"])));
-    let mut killed = 0;
+    let mut kills = Spread::over(took(|| drop(state.ok(&["suspend", "web"]))));
     for step in 0..12 {
         state.ok(&["cleanup", "web", "--grace", "0"]);
         fork();
         let child = state.command(&["suspend", "web"]).stderr(Stdio::null()).spawn().unwrap();
-        killed += u32::from(kill_after(child, whole.mul_f64(f64::from(step) / 11.0)));
+        let at = kills.kill_at(child, f64::from(step) / 11.0);
         // Whatever it was cut off at, it is suspended like any other from then on; and once it goes on in a file of its own.
         for _ in 0..2 {
             match state.machines()[0].1.as_str() {
                 "Running" => drop(state.ok(&["suspend", "web"])),
                 "Suspended" => {}
-                other => panic!("a suspend that was killed left it {other}"),
+                other => {
+                    panic!("a suspend that was killed at {at:?} left it {other}: {}", state.ok(&["inspect", "web"]))
+                }
             }
             assert_eq!(state.pids(), [0; 0]);
             state.ok(&["start", "web"]);
@@ -91,6 +126,7 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
             state.ok(&["exec", "web", "--", "md5sum", "-c", "/dev/shm/sum"]);
         }
     }
+    let killed = kills.killed;
     assert!(killed >= 4, "only {killed} of 12 first suspends were killed in time");
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
@@ -102,9 +138,8 @@ fn a_fork_that_is_killed_leaves_the_original_running_and_no_half_copies() {
     state.ok(&["clone", "web"]);
     state.ok(&["start", "web"]);
     state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word"]);
-    let whole = took(|| drop(state.ok(&["fork", "web", "copy", "other"])));
+    let mut kills = Spread::over(took(|| drop(state.ok(&["fork", "web", "copy", "other"]))));
     state.ok(&["cleanup", "copy", "other", "--grace", "0"]);
-    let mut killed = 0;
     for step in 0..12 {
         let child = state
             .command(&["fork", "web", "copy", "other"])
@@ -112,7 +147,7 @@ fn a_fork_that_is_killed_leaves_the_original_running_and_no_half_copies() {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        killed += u32::from(kill_after(child, whole.mul_f64(f64::from(step) / 11.0)));
+        kills.kill_at(child, f64::from(step) / 11.0);
         for (name, found) in state.machines() {
             assert_eq!(found, "Running", "{name}, after a fork that was killed");
             assert_eq!(state.ok(&["exec", &name, "--", "cat", "/dev/shm/word"]), "word\n");
@@ -127,6 +162,7 @@ fn a_fork_that_is_killed_leaves_the_original_running_and_no_half_copies() {
             assert!(left.is_empty(), "{part}: what copies went on from is left: {left:?}");
         }
     }
+    let killed = kills.killed;
     assert!(killed >= 6, "only {killed} of 12 forks were killed in time");
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
@@ -213,6 +249,37 @@ fn a_qemu_that_is_killed_is_found_stopped() {
     assert!(noticed < Duration::from_secs(5), "noticed after {noticed:?}");
     assert_eq!(state.machines(), [("web".into(), "Stopped".into())]);
     state.ok(&["start", "web"]);
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+/// QEMU answers a command whose asker has gone to whoever is there when it is done.
+#[test]
+fn what_somebody_asked_who_was_killed_is_not_taken_for_an_answer_to_the_next() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    for _ in 0..5 {
+        let asked = UnixStream::connect(state.path().join("vms/web/qmp.sock")).unwrap();
+        let mut lines = BufReader::new(&asked).lines();
+        lines.next().unwrap().unwrap();
+        writeln!(&asked, r#"{{"execute": "qmp_capabilities", "id": 0}}"#).unwrap();
+        lines.next().unwrap().unwrap();
+        // Takes QEMU some milliseconds: in the middle of them it stands still, until the next one waits for its greeting.
+        writeln!(&asked, r#"{{"execute": "query-qmp-schema", "id": 1}}"#).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+        let pid = state.pids()[0];
+        signalled(pid, "-STOP");
+        drop(lines);
+        drop(asked);
+        let suspend = state.command(&["suspend", "web"]).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        signalled(pid, "-CONT");
+        let suspended = suspend.wait_with_output().unwrap();
+        assert!(suspended.status.success(), "{}", text(&suspended.stderr));
+        state.ok(&["start", "web"]);
+        assert_eq!(state.ok(&["exec", "web", "--", "echo", "up"]), "up\n");
+    }
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
 }

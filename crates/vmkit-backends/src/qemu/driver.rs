@@ -21,7 +21,7 @@ use super::args::{Begin, LINES, args, line_socket};
 use super::fork::Laps;
 use super::host::HostFacts;
 use super::layout::{
-    self, DISK, FRESH, LAYER, Layout, MEMORY, MEMORY_APART, OUTPUT, QMP, QMP_PROBE, Run, SAVED, SERIAL, STATE,
+    self, DISK, ENDED, FRESH, LAYER, Layout, MEMORY, MEMORY_APART, OUTPUT, QMP, QMP_PROBE, Run, SAVED, SERIAL, STATE,
     STATE_APART, STATE_FULL, STATE_SPENT,
 };
 use super::line::{Line, translate};
@@ -138,8 +138,8 @@ impl QemuDriver {
             let gone = timeout(ENDS, last.process.let_go()).await;
             gone.unwrap_or(Ok(())).map_err(|error| Error::io("the last process cannot be looked at", error))?;
         }
-        let sockets = [QMP.to_owned(), QMP_PROBE.to_owned()].into_iter().chain((0..LINES).map(line_socket));
-        sockets.map(|name| self.file(&name)).try_for_each(|socket| layout::remove(&socket))
+        let of_the_last = [QMP, QMP_PROBE, ENDED].map(str::to_owned).into_iter().chain((0..LINES).map(line_socket));
+        of_the_last.map(|name| self.file(&name)).try_for_each(|file| layout::remove(&file))
     }
 
     /// Starts QEMU. From here on `kill` finds it, whatever happens.

@@ -20,7 +20,7 @@ pub async fn control_session(bytes: &[u8]) -> bool {
         let _ = tokio::io::copy(&mut theirs, &mut tokio::io::sink()).await;
     };
     let session = async {
-        let Ok(mut qmp) = Qmp::negotiate(ours).await else { return false };
+        let Ok(mut qmp) = Qmp::negotiate_as(ours, "us").await else { return false };
         let answered = qmp.go_on().await.is_ok();
         // Whoever calls off what has failed asks again on the same session.
         let _ = qmp.cont().await;
@@ -35,8 +35,8 @@ mod tests {
     use super::control_session;
 
     const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}"#;
-    const READY: &str = r#"{"return": {}}"#;
-    const STATUS: &str = r#"{"return": {"status": "running", "running": true}}"#;
+    const READY: &str = r#"{"return": {}, "id": "us.0"}"#;
+    const STATUS: &str = r#"{"return": {"status": "running", "running": true}, "id": "us.1"}"#;
 
     #[tokio::test]
     async fn what_is_not_qemu_is_an_error() {

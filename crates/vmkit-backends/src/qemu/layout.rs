@@ -53,6 +53,8 @@ pub(crate) const QMP_PROBE: &str = "qmp2.sock";
 pub(crate) const LAYER: &str = "layer.qcow2";
 pub(crate) const FRESH: &str = "fresh";
 const BIRTH: &str = "birth.json";
+/// Why it was ended, when nobody asked for that. Until it is started again.
+pub(crate) const ENDED: &str = "ended";
 const RECORD: &str = "vm.json";
 const RUN: &str = "run.json";
 /// Rises when `vm.json` changes in a way that an older vmkit would misread.
@@ -183,6 +185,18 @@ pub(crate) fn live_run(dir: &Path) -> Option<Run> {
 /// The process that was last started, whether it runs or not.
 pub(crate) fn read_run(dir: &Path) -> Option<Run> {
     read_json(&dir.join(RUN))
+}
+
+/// For people only, too.
+pub(crate) fn write_ended(dir: &Path, what: &str, error: &Error) {
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
+    if let Err(error) = fs::write(dir.join(ENDED), format!("{what}: {error}{cause}")) {
+        tracing::debug!(dir = %dir.display(), %error, "why a machine was ended is not on record");
+    }
+}
+
+pub(crate) fn read_ended(dir: &Path) -> Option<String> {
+    fs::read_to_string(dir.join(ENDED)).ok()
 }
 
 /// For people only: a machine without it is as good.

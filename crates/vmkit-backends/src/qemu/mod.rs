@@ -31,6 +31,7 @@ mod probe;
 mod qcow2;
 mod qmp;
 mod recover;
+mod session;
 mod snapshot;
 mod socket;
 mod split;
@@ -297,9 +298,11 @@ impl Provider for Qemu {
                 Err(error) => (State::ErrorUnknown, Some(error.to_string())),
             };
             let dir = self.layout.machine(&id);
-            if state == State::ErrorUnknown && problem.is_none() {
-                problem = layout::problem(&dir);
-            }
+            problem = problem.or_else(|| match state {
+                State::ErrorUnknown => layout::problem(&dir),
+                State::Stopped => layout::read_ended(&dir),
+                _ => None,
+            });
             let spec = layout::read_record(&dir).ok().map(|record| record.spec);
             machines.push(Found { state, problem, properties: properties(&dir, spec.as_ref()), spec, id });
         }

@@ -4,22 +4,19 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
-use qapi::ExecuteError;
-use qapi::futures::{QapiStream, QmpStreamNegotiation, QmpStreamTokio};
-use qapi::qmp::QmpCommand;
 use qapi::qmp::{
-    self, Event, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
-    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus, RunState, YankInstance,
+    self, FileMigrationArgs, JobStatus, MigrateSetParameters, MigrationAddress, MigrationCapability,
+    MigrationCapabilityStatus, MigrationChannel, MigrationChannelType, MigrationStatus, QmpCommand, RunState,
+    YankInstance,
 };
 use serde::{Deserialize, Serialize};
-use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 use vmkit::{Error, ErrorKind, Result};
 
 use super::layout::QMP;
+use super::session::{Failure, Session};
 
 /// How long QEMU may take to answer one command. Its main loop is never busy for long.
 const ANSWERS: Duration = Duration::from_secs(20);
@@ -31,9 +28,6 @@ const GREETS: Duration = Duration::from_secs(5);
 const STANDS_STILL: u64 = 10;
 
 const SAVING: &str = "saving the machine's state";
-
-type Reader = QmpStreamTokio<ReadHalf<UnixStream>>;
-type Writer = QmpStreamTokio<WriteHalf<UnixStream>>;
 
 /// Has QEMU take all its disks, or let them go. There since 10.0, and not in the library yet.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -60,11 +54,11 @@ pub(crate) enum Memory {
     Apart,
 }
 
-/// A negotiated session; nothing once a command was lost on it, which nobody can tell from its answer being late.
-pub(crate) struct Qmp(Option<QapiStream<Reader, Writer>>);
+/// A negotiated session; nothing once a command was lost on it: its answer may still come.
+pub(crate) struct Qmp(Option<Session>);
 
 /// A QEMU that has said that it is there.
-pub(crate) struct Greeted(QmpStreamNegotiation<Reader, Writer>);
+pub(crate) struct Greeted(Session);
 
 impl Greeted {
     /// Waits for the greeting on a machine's socket.
@@ -75,11 +69,15 @@ impl Greeted {
         let stream = super::socket::connect(dir, name).await.map_err(|error| {
             Error::new(ErrorKind::Backend, "QEMU's control socket cannot be reached").caused_by(error)
         })?;
-        Greeted::new(stream).await
+        Greeted::new(Session::open(stream)).await
     }
 
-    async fn new(stream: UnixStream) -> Result<Greeted> {
-        in_time(QmpStreamTokio::open(stream)).await.map(Greeted)
+    async fn new(session: impl Future<Output = io::Result<Session>>) -> Result<Greeted> {
+        match timeout(ANSWERS, session).await {
+            Ok(Ok(session)) => Ok(Greeted(session)),
+            Ok(Err(error)) => Err(not_accepted().caused_by(error)),
+            Err(_) => Err(late("greeting")),
+        }
     }
 
     /// Begins a session.
@@ -87,16 +85,16 @@ impl Greeted {
     /// # Errors
     /// When what answers is not QEMU.
     pub async fn begin(self) -> Result<Qmp> {
-        in_time(self.0.negotiate()).await.map(|stream| Qmp(Some(stream)))
+        let mut qmp = Qmp(Some(self.0));
+        match qmp.execute(qmp::qmp_capabilities { enable: None }).await {
+            Ok(_) => Ok(qmp),
+            Err(error) => Err(not_accepted().caused_by(error)),
+        }
     }
 }
 
-async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T> {
-    match timeout(ANSWERS, step).await {
-        Ok(Ok(done)) => Ok(done),
-        Ok(Err(error)) => Err(Error::new(ErrorKind::Backend, "QEMU did not accept a control session").caused_by(error)),
-        Err(_) => Err(late("negotiating")),
-    }
+fn not_accepted() -> Error {
+    Error::new(ErrorKind::Backend, "QEMU did not accept a control session")
 }
 
 impl Qmp {
@@ -113,7 +111,13 @@ impl Qmp {
     /// # Errors
     /// When what answers is not QEMU.
     pub async fn negotiate(stream: UnixStream) -> Result<Qmp> {
-        Greeted::new(stream).await?.begin().await
+        Greeted::new(Session::open(stream)).await?.begin().await
+    }
+
+    /// Begins a session whose name the other end knows.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub async fn negotiate_as(stream: UnixStream, name: &str) -> Result<Qmp> {
+        Greeted::new(Session::named(stream, name.into())).await?.begin().await
     }
 
     /// Tries until QEMU listens and answers. Whoever calls it watches whether QEMU lives, and for how long.
@@ -131,10 +135,7 @@ impl Qmp {
         }
     }
 
-    async fn execute<C>(&mut self, command: C) -> Result<C::Ok>
-    where
-        C: qapi::qmp::QmpCommand,
-    {
+    async fn execute<C: QmpCommand>(&mut self, command: C) -> Result<C::Ok> {
         // Taken, and given back when it was answered: a caller that goes away in between ends the session too.
         let Some(mut session) = self.0.take() else {
             return Err(Error::new(ErrorKind::Backend, format!("the control session ended before {}", C::NAME)));
@@ -144,11 +145,11 @@ impl Qmp {
                 self.0 = Some(session);
                 Ok(answer)
             }
-            Ok(Err(ExecuteError::Qapi(error))) => {
+            Ok(Err(Failure::Refused(why))) => {
                 self.0 = Some(session);
-                Err(Error::new(ErrorKind::Backend, format!("QEMU refused {}", C::NAME)).caused_by(error.to_string()))
+                Err(Error::new(ErrorKind::Backend, format!("QEMU refused {}", C::NAME)).caused_by(why))
             }
-            Ok(Err(ExecuteError::Io(error))) => {
+            Ok(Err(Failure::Ended(error))) => {
                 Err(Error::new(ErrorKind::Backend, format!("QEMU ended the session at {}", C::NAME)).caused_by(error))
             }
             Err(_) => Err(late(C::NAME)),
@@ -346,22 +347,10 @@ impl Qmp {
 
     /// Waits until QEMU announces that saving or loading is done, or has failed, at most that long.
     async fn announced(&mut self, patience: Duration) {
-        let Some(session) = self.0.take() else { return };
-        let (service, mut events) = session.into_parts();
-        let done = async {
-            while let Some(Ok(event)) = events.next().await {
-                if let Event::MIGRATION { data, .. } = event
-                    && matches!(
-                        data.status,
-                        MigrationStatus::completed | MigrationStatus::failed | MigrationStatus::cancelled
-                    )
-                {
-                    return;
-                }
-            }
-        };
-        let _ = timeout(patience, done).await;
-        self.0 = Some(QapiStream::with_parts(service, events));
+        if let Some(session) = &mut self.0 {
+            // A session that has ended says so at the next command.
+            let _ = timeout(patience, session.announced()).await;
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! Clearing up what a process left that died in the middle of an operation. Done under the machine's lock.
 
+use std::path::Path;
 use std::time::Duration;
 
-use tokio::time::timeout;
-use tracing::warn;
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{debug, warn};
 use vmkit::{Action, Fact, Id, Result};
 
 use super::layout::{self, Layout, MEMORY_APART, QMP, STATE_PARTIAL, STATE_SPENT};
@@ -14,6 +15,8 @@ use crate::process::Identity;
 
 /// How long a guest that was paused half way may take to go on.
 const GOES_ON: Duration = Duration::from_secs(60);
+
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// How long its agent may take to hear of it.
 const TOLD: Duration = Duration::from_secs(20);
@@ -30,9 +33,14 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     match left {
         Action::Suspend if alive && layout::saved(&dir).is_none() => {
             // Paused, or about to be: it goes on where it was.
-            if let Err(error) = timeout(GOES_ON, go_on(&dir)).await.unwrap_or_else(|_| Err(late())) {
+            if let Err(error) = have_it_go_on(&dir).await {
                 warn!(%id, %error, "a suspend that was cut off cannot be called off: ending the machine");
                 kill_all(&dir).await?;
+                layout::write_ended(
+                    &dir,
+                    "it was ended, because a suspend of it was cut off and could not be called off",
+                    &error,
+                );
             }
         }
         // Committed: the process has nothing left to do.
@@ -47,7 +55,21 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     [STATE_PARTIAL, STATE_SPENT, split::SOCKET].iter().try_for_each(|file| layout::remove(&dir.join(file)))
 }
 
-async fn go_on(dir: &std::path::Path) -> Result<()> {
+/// Tries as long as there is time: what ends one session says nothing of the next, and a machine is at stake.
+async fn have_it_go_on(dir: &Path) -> Result<()> {
+    let until = Instant::now() + GOES_ON;
+    loop {
+        match timeout_at(until, go_on(dir)).await.unwrap_or_else(|_| Err(late())) {
+            Err(error) if layout::live_run(dir).is_some() && Instant::now() < until => {
+                debug!(dir = %dir.display(), %error, "trying again to have it go on");
+                sleep(AGAIN).await;
+            }
+            done => return done,
+        }
+    }
+}
+
+async fn go_on(dir: &Path) -> Result<()> {
     let mut qmp = Qmp::connect(dir, QMP).await?;
     // Else it would end paused.
     qmp.save_no_more().await?;
@@ -61,7 +83,7 @@ fn late() -> vmkit::Error {
 }
 
 /// Kills the recorded process, and a QEMU in the machine's directory that was started and not yet recorded.
-pub(super) async fn kill_all(dir: &std::path::Path) -> Result<()> {
+pub(super) async fn kill_all(dir: &Path) -> Result<()> {
     let recorded = layout::live_run(dir).map(|run| run.process);
     let found = layout::qemus_in(dir).into_iter().filter_map(|pid| Identity::of(pid).ok().flatten());
     for identity in recorded.into_iter().chain(found) {

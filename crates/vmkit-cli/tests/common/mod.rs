@@ -62,7 +62,10 @@ impl State {
     /// Runs what has to succeed, and returns what it printed.
     pub fn ok(&self, args: &[&str]) -> String {
         let output = self.vmkit(args);
-        assert!(output.status.success(), "vmkit {args:?}: {}\n{}", output.status, text(&output.stderr));
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "vmkit {args:?}: {}\n{said}", output.status);
+        // Warnings say why a machine is not in the state that a test expects.
+        eprint!("{said}");
         text(&output.stdout)
     }
 
