@@ -133,6 +133,35 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
 }
 
 #[test]
+fn a_resume_that_is_killed_loses_nothing() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word"]);
+    state.ok(&["suspend", "web"]);
+    let mut kills = Spread::over(took(|| drop(state.ok(&["start", "web"]))));
+    for step in 0..20 {
+        state.ok(&["suspend", "web"]);
+        let child = state.command(&["start", "web"]).stderr(Stdio::null()).spawn().unwrap();
+        // From where it asks QEMU for something on.
+        let at = kills.kill_at(child, 0.3 + 0.7 * f64::from(step) / 19.0);
+        match state.machines()[0].1.as_str() {
+            "Running" => assert_eq!(state.pids().len(), 1),
+            "Suspended" => {
+                assert_eq!(state.pids(), [0; 0]);
+                state.ok(&["start", "web"]);
+            }
+            other => panic!("a resume that was killed at {at:?} left it {other}: {}", state.ok(&["inspect", "web"])),
+        }
+        assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
+    }
+    let killed = kills.killed;
+    assert!(killed >= 8, "only {killed} of 20 resumes were killed in time");
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
 fn a_fork_that_is_killed_leaves_the_original_running_and_no_half_copies() {
     let Some(state) = State::new() else { return };
     state.ok(&["clone", "web"]);
@@ -194,8 +223,6 @@ fn other_operations_that_are_killed_leave_a_settled_machine() {
         match state.machines()[0].1.as_str() {
             "Suspended" => drop(state.ok(&["start", "web"])),
             "Running" => {}
-            // The guest had gone on: its saved execution is spent.
-            "Stopped" => drop(state.ok(&["start", "web"])),
             other => panic!("a resume that was killed left it {other}"),
         }
         assert_eq!(state.ok(&["exec", "web", "--", "echo", "up"]), "up\n");

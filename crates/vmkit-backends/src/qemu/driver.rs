@@ -173,14 +173,6 @@ impl QemuDriver {
         layout::write_run(&self.dir, &Run { process: identity, accelerator: accelerator.into(), started, ready: false })
     }
 
-    /// The guest is up: from here on the machine is Running for everybody.
-    pub(super) fn mark_ready(&self) -> Result<()> {
-        match layout::read_run(&self.dir) {
-            Some(run) => layout::write_run(&self.dir, &Run { ready: true, ..run }),
-            None => Err(Error::new(ErrorKind::Corrupt, "the record of the machine's process has vanished")),
-        }
-    }
-
     pub(super) fn follow(&self, from: u64, console: ConsoleSinks) {
         if let Some(process) = &self.process {
             console::follow(&self.dir, process.identity().clone(), from, console);
@@ -456,7 +448,7 @@ impl Driver for QemuDriver {
         self.until(0, async { line.first(line.wire().await?).await }).await?;
         laps.lap("boot");
         layout::write_birth(&self.dir, &Birth { note, unused, ..laps.birth(Origin::Boot, None) });
-        self.mark_ready()
+        layout::mark_ready(&self.dir)
     }
 
     async fn resume(&mut self, console: ConsoleSinks) -> Result<()> {
@@ -502,7 +494,7 @@ impl Driver for QemuDriver {
             line.renewed(wire, since, None).await
         };
         self.until(from, goes_on).await?;
-        self.mark_ready()?;
+        layout::mark_ready(&self.dir)?;
         layout::remove(&self.file(STATE_SPENT))
     }
 

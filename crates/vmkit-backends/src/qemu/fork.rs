@@ -127,9 +127,10 @@ impl QemuDriver {
         };
         let renewed = self.until(from, goes_on).await?;
         laps.lap("identity");
-        layout::remove(&self.file(FRESH))?;
         layout::write_birth(&self.dir, &Birth { renewed, ..laps.birth(Origin::Fork, Some(template)) });
-        self.mark_ready()
+        layout::mark_ready(&self.dir)?;
+        // Last: a copy that is not Running and not fresh is no copy.
+        layout::remove(&self.file(FRESH))
     }
 
     /// Puts the machine's disk, which was never used, on the template's.

@@ -87,6 +87,17 @@ impl Layout {
         self.dir.join(".pools").join(name.as_str())
     }
 
+    /// The names that there are locks of.
+    pub fn locks(&self) -> Result<Vec<Id>> {
+        let dir = self.dir.join(".locks");
+        let failed = |error| Error::io(format!("{} cannot be read", dir.display()), error);
+        let mut ids = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            ids.extend(entry.map_err(failed)?.file_name().to_str().and_then(|name| Id::new(name).ok()));
+        }
+        Ok(ids)
+    }
+
     /// Every machine that is there; what was not made by us is none.
     pub fn machines(&self) -> Result<Vec<Id>> {
         let failed = |error| Error::io(format!("{} cannot be read", self.dir.display()), error);
@@ -175,6 +186,14 @@ pub(crate) fn write_run(dir: &Path, run: &Run) -> Result<()> {
     let text = serde_json::to_vec(run).map_err(|error| failed(error.into()))?;
     fs::write(&aside, text).map_err(failed)?;
     fs::rename(&aside, &path).map_err(failed)
+}
+
+/// The guest is up: from here on the machine is Running for everybody.
+pub(crate) fn mark_ready(dir: &Path) -> Result<()> {
+    match read_run(dir) {
+        Some(run) => write_run(dir, &Run { ready: true, ..run }),
+        None => Err(Error::new(ErrorKind::Corrupt, "the record of the machine's process has vanished")),
+    }
 }
 
 /// The process that runs this machine. The record alone proves nothing: it may be a copy of another machine's.

@@ -43,6 +43,7 @@ mod turns;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use tracing::debug;
 use vmkit::{
     Action, Adopted, Capabilities, Error, ErrorKind, Fact, Found, Id, Provider, Result, Source, Spec, State, found,
 };
@@ -255,6 +256,18 @@ impl Qemu {
         discarded.map(|()| saved)
     }
 
+    /// Removes the locks that there are beside those of machines: whoever was to make those was killed before there was anything.
+    async fn sweep_locks(&self, machines: &[Id]) -> Result<()> {
+        for id in self.layout.locks()?.into_iter().filter(|id| !machines.contains(id)) {
+            let Some(taken) = Lock::try_take(&self.layout.lock(&id), Action::None)? else { continue };
+            if let Some(left) = taken.left {
+                recover::recover(&self.layout, &id, left).await?;
+            }
+            taken.lock.release(self.layout.machine(&id).symlink_metadata().is_err());
+        }
+        Ok(())
+    }
+
     fn look(&self, id: &Id) -> Fact {
         let dir = self.layout.machine(id);
         // What is there and is not ours is nobody's machine.
@@ -291,7 +304,11 @@ impl Provider for Qemu {
 
     async fn list(&self) -> Result<Vec<Found>> {
         let mut machines = Vec::new();
-        for id in self.layout.machines()? {
+        let ids = self.layout.machines()?;
+        if let Err(error) = self.sweep_locks(&ids).await {
+            debug!(%error, "locks of machines that are not there stay");
+        }
+        for id in ids {
             let (state, mut problem) = match self.state(&id).await {
                 Ok(State::Deleted) => continue,
                 Ok(state) => (state, None),

@@ -1,13 +1,13 @@
 //! Clearing up what a process left that died in the middle of an operation. Done under the machine's lock.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, warn};
-use vmkit::{Action, Fact, Id, Result};
+use vmkit::{Action, Error, ErrorKind, Fact, Id, Result};
 
-use super::layout::{self, Layout, MEMORY_APART, QMP, STATE_PARTIAL, STATE_SPENT};
+use super::layout::{self, FRESH, Layout, MEMORY_APART, QMP, STATE_PARTIAL, STATE_SPENT};
 use super::line::Line;
 use super::qmp::{Memory, Qmp};
 use super::split;
@@ -33,7 +33,7 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     match left {
         Action::Suspend if alive && layout::saved(&dir).is_none() => {
             // Paused, or about to be: it goes on where it was.
-            if let Err(error) = have_it_go_on(&dir).await {
+            if let Err(error) = in_time(&dir, || go_on(&dir)).await {
                 warn!(%id, %error, "a suspend that was cut off cannot be called off: ending the machine");
                 kill_all(&dir).await?;
                 layout::write_ended(
@@ -45,9 +45,27 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
         }
         // Committed: the process has nothing left to do.
         Action::Suspend => kill_all(&dir).await?,
+        // It had gone on, and somebody may have seen that.
+        Action::Start if layout::look(&dir) == Fact::Running => layout::remove(&dir.join(FRESH))?,
+        // Its saved execution is spent: what ran in it is nowhere else any more. It goes on, whoever wanted that.
+        Action::Start if dir.join(STATE_SPENT).is_file() => {
+            let ended = match alive {
+                true => in_time(&dir, || resume(&dir)).await,
+                false => Err(Error::new(ErrorKind::Exited, "its process has ended too")),
+            };
+            if let Err(error) = ended {
+                warn!(%id, %error, "a resume that was cut off cannot be completed: ending the machine");
+                kill_all(&dir).await?;
+                layout::write_ended(
+                    &dir,
+                    "it was ended, because a resume of it was cut off and could not be completed",
+                    &error,
+                );
+            }
+        }
         // Running was never published: whoever wanted it is gone.
-        Action::Start if layout::look(&dir) != Fact::Running => kill_all(&dir).await?,
-        Action::None | Action::Clone | Action::Start | Action::Stop | Action::Delete => {}
+        Action::Start => kill_all(&dir).await?,
+        Action::None | Action::Clone | Action::Stop | Action::Delete => {}
     }
     if layout::saved(&dir).is_none_or(|(_, memory)| memory != Memory::Apart) {
         layout::remove(&dir.join(MEMORY_APART))?;
@@ -56,10 +74,10 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
 }
 
 /// Tries as long as there is time: what ends one session says nothing of the next, and a machine is at stake.
-async fn have_it_go_on(dir: &Path) -> Result<()> {
+async fn in_time<T: Future<Output = Result<()>>>(dir: &Path, go_on: impl Fn() -> T) -> Result<()> {
     let until = Instant::now() + GOES_ON;
     loop {
-        match timeout_at(until, go_on(dir)).await.unwrap_or_else(|_| Err(late())) {
+        match timeout_at(until, go_on()).await.unwrap_or_else(|_| Err(late())) {
             Err(error) if layout::live_run(dir).is_some() && Instant::now() < until => {
                 debug!(dir = %dir.display(), %error, "trying again to have it go on");
                 sleep(AGAIN).await;
@@ -67,6 +85,15 @@ async fn have_it_go_on(dir: &Path) -> Result<()> {
             done => return done,
         }
     }
+}
+
+/// What is left of a resume whose saved execution was spent.
+async fn resume(dir: &Path) -> Result<()> {
+    let since = SystemTime::now();
+    Qmp::connect(dir, QMP).await?.go_on().await?;
+    let line = Line::new(dir.to_owned(), Duration::ZERO);
+    line.renewed(line.wire().await?, since, None).await?;
+    layout::mark_ready(dir)
 }
 
 async fn go_on(dir: &Path) -> Result<()> {
@@ -78,8 +105,8 @@ async fn go_on(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn late() -> vmkit::Error {
-    vmkit::Error::new(vmkit::ErrorKind::TimedOut, format!("it did not go on within {GOES_ON:?}"))
+fn late() -> Error {
+    Error::new(ErrorKind::TimedOut, format!("it did not go on within {GOES_ON:?}"))
 }
 
 /// Kills the recorded process, and a QEMU in the machine's directory that was started and not yet recorded.
@@ -87,7 +114,7 @@ pub(super) async fn kill_all(dir: &Path) -> Result<()> {
     let recorded = layout::live_run(dir).map(|run| run.process);
     let found = layout::qemus_in(dir).into_iter().filter_map(|pid| Identity::of(pid).ok().flatten());
     for identity in recorded.into_iter().chain(found) {
-        let failed = |error| vmkit::Error::io("the machine's process cannot be killed", error);
+        let failed = |error| Error::io("the machine's process cannot be killed", error);
         if let Some(held) = identity.hold().map_err(failed)? {
             held.kill().map_err(failed)?;
             held.exited().await;
