@@ -161,6 +161,28 @@ fn a_resume_that_is_killed_loses_nothing() {
     state.is_clean();
 }
 
+/// Whoever was to make them was killed between taking the lock and anything else.
+#[test]
+fn locks_of_machines_that_never_were_are_gone_with_the_next_look_and_others_stay() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    let lock = |name: &str| state.path().join("vms/.locks").join(name);
+    let theirs = lock("web").exists();
+    std::fs::write(lock("ghost"), "").unwrap();
+    std::fs::write(lock("killed"), "-").unwrap();
+    state.ok(&["ls"]);
+    assert!(!lock("ghost").exists() && !lock("killed").exists());
+    assert_eq!(lock("web").exists(), theirs);
+    // Somebody who is about to make a machine has its lock.
+    let held = std::fs::File::create(lock("held")).unwrap();
+    held.lock().unwrap();
+    state.ok(&["ls"]);
+    assert!(lock("held").exists());
+    drop(held);
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
 #[test]
 fn a_fork_that_is_killed_leaves_the_original_running_and_no_half_copies() {
     let Some(state) = State::new() else { return };

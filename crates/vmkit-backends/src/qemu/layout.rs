@@ -206,10 +206,13 @@ pub(crate) fn read_run(dir: &Path) -> Option<Run> {
     read_json(&dir.join(RUN))
 }
 
-/// For people only, too.
-pub(crate) fn write_ended(dir: &Path, what: &str, error: &Error) {
+/// For people only: a machine without it is as good. `why`: a sentence of the machine.
+pub(crate) fn write_ended(dir: &Path, why: &str, error: &Error) {
     let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
-    if let Err(error) = fs::write(dir.join(ENDED), format!("{what}: {error}{cause}")) {
+    let text = format!(
+        "it was ended, because {why}: {error}{cause}; what ran in it is lost, and a start boots it from its disk"
+    );
+    if let Err(error) = fs::write(dir.join(ENDED), text) {
         tracing::debug!(dir = %dir.display(), %error, "why a machine was ended is not on record");
     }
 }

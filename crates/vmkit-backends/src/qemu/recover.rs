@@ -33,15 +33,8 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     match left {
         Action::Suspend if alive && layout::saved(&dir).is_none() => {
             // Paused, or about to be: it goes on where it was.
-            if let Err(error) = in_time(&dir, || go_on(&dir)).await {
-                warn!(%id, %error, "a suspend that was cut off cannot be called off: ending the machine");
-                kill_all(&dir).await?;
-                layout::write_ended(
-                    &dir,
-                    "it was ended, because a suspend of it was cut off and could not be called off",
-                    &error,
-                );
-            }
+            let went_on = in_time(&dir, || go_on(&dir)).await;
+            or_end(&dir, went_on, "a suspend of it was cut off and could not be called off").await?;
         }
         // Committed: the process has nothing left to do.
         Action::Suspend => kill_all(&dir).await?,
@@ -49,19 +42,11 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
         Action::Start if layout::look(&dir) == Fact::Running => layout::remove(&dir.join(FRESH))?,
         // Its saved execution is spent: what ran in it is nowhere else any more. It goes on, whoever wanted that.
         Action::Start if dir.join(STATE_SPENT).is_file() => {
-            let ended = match alive {
+            let went_on = match alive {
                 true => in_time(&dir, || resume(&dir)).await,
                 false => Err(Error::new(ErrorKind::Exited, "its process has ended too")),
             };
-            if let Err(error) = ended {
-                warn!(%id, %error, "a resume that was cut off cannot be completed: ending the machine");
-                kill_all(&dir).await?;
-                layout::write_ended(
-                    &dir,
-                    "it was ended, because a resume of it was cut off and could not be completed",
-                    &error,
-                );
-            }
+            or_end(&dir, went_on, "a resume of it was cut off and could not be completed").await?;
         }
         // Running was never published: whoever wanted it is gone.
         Action::Start => kill_all(&dir).await?,
@@ -74,10 +59,10 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
 }
 
 /// Tries as long as there is time: what ends one session says nothing of the next, and a machine is at stake.
-async fn in_time<T: Future<Output = Result<()>>>(dir: &Path, go_on: impl Fn() -> T) -> Result<()> {
+async fn in_time<T: Future<Output = Result<()>>>(dir: &Path, step: impl Fn() -> T) -> Result<()> {
     let until = Instant::now() + GOES_ON;
     loop {
-        match timeout_at(until, go_on()).await.unwrap_or_else(|_| Err(late())) {
+        match timeout_at(until, step()).await.unwrap_or_else(|_| Err(late())) {
             Err(error) if layout::live_run(dir).is_some() && Instant::now() < until => {
                 debug!(dir = %dir.display(), %error, "trying again to have it go on");
                 sleep(AGAIN).await;
@@ -85,6 +70,15 @@ async fn in_time<T: Future<Output = Result<()>>>(dir: &Path, go_on: impl Fn() ->
             done => return done,
         }
     }
+}
+
+/// Ends a machine that did not go on, and says why.
+async fn or_end(dir: &Path, went_on: Result<()>, why: &str) -> Result<()> {
+    let Err(error) = went_on else { return Ok(()) };
+    warn!(dir = %dir.display(), %error, "ending a machine: {why}");
+    kill_all(dir).await?;
+    layout::write_ended(dir, why, &error);
+    Ok(())
 }
 
 /// What is left of a resume whose saved execution was spent.

@@ -58,11 +58,7 @@ impl QemuDriver {
                 Err(second) => {
                     warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
                     self.kill().await?;
-                    layout::write_ended(
-                        &self.dir,
-                        "it was ended, because a suspend of it failed and could not be called off",
-                        &second,
-                    );
+                    layout::write_ended(&self.dir, "a suspend of it failed and could not be called off", &second);
                 }
             }
             return Err(error);
