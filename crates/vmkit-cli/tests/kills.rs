@@ -175,7 +175,7 @@ fn locks_of_machines_that_never_were_are_gone_with_the_next_look_and_others_stay
     assert_eq!(lock("web").exists(), theirs);
     // Somebody who is about to make a machine has its lock.
     let held = std::fs::File::create(lock("held")).unwrap();
-    held.lock().unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
     state.ok(&["ls"]);
     assert!(lock("held").exists());
     drop(held);
