@@ -22,6 +22,7 @@ while :; do
   sh -c 'echo LISTENING; exec sh' <>/dev/vport0p1 >&0 2>&0
 done
 """
+LISTENING = b"LISTENING\n"
 PROCESS = "/bin/busybox uname"
 CMDLINE = "console=ttyS0 quiet reboot=t panic=-1"
 PATIENCE = 180
@@ -138,19 +139,28 @@ def connect(path, patience=PATIENCE):
             time.sleep(0.0005)
 
 
-def ask(line, fresh, process=PROCESS):
-    """A process in the guest, and its answer. A fresh guest says first that it listens; one that was brought back may say
-    so again, when it saw that the host was gone: then it is asked again."""
+def listens(line):
+    """Waits for the first word of a fresh guest."""
+    got = b""
+    while LISTENING not in got:
+        chunk = line.recv(65536)
+        if not chunk:
+            raise RuntimeError("the guest's line closed")
+        got += chunk
+
+
+def ask(line, process=PROCESS):
+    """A process in the guest, and its answer. A guest that was brought back may say that it listens, when it saw that the host was
+    gone: then it is asked again."""
     question = f'{process}; echo D""ONE\n'.encode()
     got, listened = b"", 0
-    if not fresh:
-        line.sendall(question)
+    line.sendall(question)
     while b"DONE\n" not in got:
         chunk = line.recv(65536)
         if not chunk:
             raise RuntimeError("the guest's line closed")
         got += chunk
-        if got.count(b"LISTENING\n") > listened:
+        if got.count(LISTENING) > listened:
             listened += 1
             line.sendall(question)
     if process == PROCESS and b"Linux" not in got:

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import time
 
-from common import CMDLINE, Missing, apart, ask, connect, filling, program, run, version
+from common import CMDLINE, Missing, apart, ask, connect, filling, listens, program, run, version
 
 DOMAIN = """<domain type='qemu'>
   <name>{name}</name>
@@ -121,11 +121,13 @@ class Libvirt:
                                     qemu=self.qemu, folder=folder))
         self.tell("define", f"{folder}/domain.xml")
         with timed("start"):
-            self.tell("start", name)
-            line = connect(f"{folder}/port")
-            ask(line, fresh=True)
+            with timed("answer"):
+                self.tell("start", name)
+                line = connect(f"{folder}/port")
+                listens(line)
+            ask(line)
         if self.o.fill:
-            ask(line, False, filling("/fill", self.o.fill))
+            ask(line, filling("/fill", self.o.fill))
         for again in ("", "2"):
             line.close()
             with timed("save" + again):
@@ -134,7 +136,7 @@ class Libvirt:
                 with timed("resume" + again):
                     self.tell("restore", f"{folder}/saved")
                 line = connect(f"{folder}/port")
-                ask(line, fresh=False)
+                ask(line)
         line.close()
         with timed("delete"):
             self.tell("destroy", name)

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import time
 
-from common import CMDLINE, ask, connect, filling, program, version
+from common import CMDLINE, ask, connect, filling, listens, program, version
 
 
 class Script:
@@ -59,10 +59,12 @@ class Script:
     def round(self, timed):
         self.n += 1
         with timed("start"):
-            folder, qmp, line = self.start([])
-            ask(line, fresh=True)
+            with timed("answer"):
+                folder, qmp, line = self.start([])
+                listens(line)
+            ask(line)
         if self.o.fill:
-            ask(line, False, filling("/fill", self.o.fill))
+            ask(line, filling("/fill", self.o.fill))
         for again in ("", "2"):
             with timed("save" + again):
                 self.tell(qmp, "stop")
@@ -76,7 +78,7 @@ class Script:
                     self.tell(qmp, "migrate-incoming", uri=f"file:{folder}/saved")
                     self.migrated(qmp)
                     self.tell(qmp, "cont")
-                ask(line, fresh=False)
+                ask(line)
         with timed("delete"):
             self.end()
             shutil.rmtree(folder)

@@ -4,7 +4,7 @@ from common import PROCESS, filling, run
 
 class Vmkit:
     """A fork of the image's template: it shares the template's memory until it is saved the first time."""
-    says = "run --keep; suspend; start and exec; cleanup --grace 0. A fork of the template: its first save writes its memory"
+    says = "clone and start of one machine, run --keep of another; suspend; start and exec; cleanup --grace 0. A fork of the template: its first save writes its memory"
     name = "fork"
 
     def __init__(self, o):
@@ -19,6 +19,10 @@ class Vmkit:
         if "Linux" not in self.tell("exec", name, "--", *PROCESS.split()):
             raise RuntimeError("a wrong answer")
 
+    def answering(self, name, *options):
+        self.tell("clone", *options, "--memory", self.memory, name)
+        self.tell("start", name)
+
     def fresh(self, name):
         if "Linux" not in self.tell("run", "--keep", "--name", name, "--memory", self.memory, "--", *PROCESS.split()):
             raise RuntimeError("a wrong answer")
@@ -26,6 +30,9 @@ class Vmkit:
     def round(self, timed):
         self.n += 1
         name = f"peer-{self.name}-{self.n}"
+        with timed("answer"):
+            self.answering(name + "-a")
+        self.tell("cleanup", "--grace", "0", name + "-a")
         with timed("start"):
             self.fresh(name)
         if self.o.fill:
@@ -50,7 +57,9 @@ class VmkitOwn(Vmkit):
     says = "clone --own-memory, start, exec; suspend; start and exec; cleanup --grace 0. No save writes the memory"
     name = "own"
 
+    def answering(self, name):
+        super().answering(name, "--own-memory")
+
     def fresh(self, name):
-        self.tell("clone", "--own-memory", "--memory", self.memory, name)
-        self.tell("start", name)
+        self.answering(name)
         self.execute(name)
