@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::filter::Targets;
 use vmkit::{Id, State};
 use vmkit_backends::qemu::Accelerator;
 
@@ -25,6 +26,9 @@ pub struct Args {
     /// How guests execute: auto takes KVM where it works
     #[arg(long, global = true, env = "VMKIT_ACCEL", value_name = "auto|kvm|tcg", default_value = "auto", value_parser = accelerator, hide_default_value = true, help_heading = "Global options")]
     pub accel: Accelerator,
+    /// What to tell of what goes on inside: off, error, warn, info, debug, trace, or for parts of it (vmkit_backends=debug)
+    #[arg(long, global = true, env = "VMKIT_LOG", value_name = "LEVEL", default_value = "warn", value_parser = crate::log::filter, help_heading = "Global options")]
+    pub log: Targets,
     /// Print JSON, errors too
     #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,

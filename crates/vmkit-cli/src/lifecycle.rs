@@ -15,6 +15,8 @@ use crate::output::{Failure, Output};
 use crate::run::{CLEANUP_LIMIT, spec};
 use crate::signals::{self, Signals};
 
+/// How long a start that took too long may take to be taken back, before that is left to the next command.
+const TAKEN_BACK: Duration = Duration::from_secs(1);
 /// How often a machine that another process operates on is looked at.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -80,6 +82,7 @@ pub async fn start(
             Some(limit) => match tokio::time::timeout(limit, started).await {
                 Ok(started) => started?,
                 Err(_) => {
+                    let _ = tokio::time::timeout(TAKEN_BACK, settled(instance)).await;
                     let error = Error::new(ErrorKind::TimedOut, format!("it was not up after {limit:?}"));
                     return Err(error
                         .on(instance.id().as_str())
@@ -204,7 +207,11 @@ async fn each(
         let done = tokio::select! {
             done = work => done,
             signal = signals.next() => {
-                settle(&context, name).await;
+                // Who asks once more has no time for that: the next command clears up.
+                tokio::select! {
+                    () = settle(&context, name) => {}
+                    _ = signals.next() => {}
+                }
                 // What was done before stays done, and said.
                 report(output, &outcomes)?;
                 if let Some(earlier) = first {
@@ -242,15 +249,19 @@ fn report(output: &Output, outcomes: &[Outcome]) -> Result<(), Failure> {
     if output.json { output.result(&outcomes, String::new) } else { Ok(()) }
 }
 
-/// After a signal: the machine's own task takes back what it was doing; this waits until it has. What another process does to
-/// the machine is not waited for.
+/// After whoever wanted something has gone: the machine's own task takes it back, or does it to its end; this waits until it has.
+/// What another process does to the machine is not waited for.
 async fn settle(context: &Context, id: &Id) {
     if let Some(instance) = context.host.get(id) {
-        let mut changes = instance.subscribe();
-        while let Some(status) = changes.next().await {
-            if !status.state.is_transitional() || status.cause != Cause::Requested {
-                return;
-            }
+        settled(&instance).await;
+    }
+}
+
+async fn settled(instance: &Instance) {
+    let mut changes = instance.subscribe();
+    while let Some(status) = changes.next().await {
+        if !status.state.is_transitional() || status.cause != Cause::Requested {
+            return;
         }
     }
 }

@@ -10,6 +10,7 @@ mod doctor;
 mod image;
 mod lifecycle;
 mod list;
+mod log;
 mod output;
 mod owner;
 mod run;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Err(error) => return output::usage(&error),
     };
     let output = Output::new(args.json, args.quiet);
+    log::begin(&args.log, &output);
     let result = match &args.command {
         // The two that need no runtime, no state and no QEMU.
         Command::States { format } => states::print(*format, &output),

@@ -1,14 +1,21 @@
 //! What people and programs read: results on standard output, everything else on standard error.
 
 use std::error::Error as _;
+use std::sync::LazyLock;
+use std::time::Instant;
 
 use anstyle::{AnsiColor, Style};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
+use tracing::Level;
 use vmkit::{Error, ErrorKind};
+
+use crate::log::Told;
 
 const RED: Style = AnsiColor::Red.on_default().bold();
 const DIM: Style = Style::new().dimmed();
+/// When the program began, as far as what it tells is concerned.
+static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// A failure and the code to end with.
 #[derive(Debug)]
@@ -53,6 +60,7 @@ pub struct Output {
 
 impl Output {
     pub fn new(json: bool, quiet: bool) -> Output {
+        LazyLock::force(&BEGAN);
         Output { json, quiet }
     }
 
@@ -71,6 +79,27 @@ impl Output {
             let yellow = AnsiColor::Yellow.on_default().bold();
             say(&format!("{yellow}warning:{yellow:#} {}\n", text.as_ref()));
         }
+    }
+
+    /// What went wrong inside and does not end the command.
+    pub fn warn_told(&self, told: &Told) {
+        match self.json {
+            true => say_json(&told_json("warning", told)),
+            false => self.warn(told.line()),
+        }
+    }
+
+    /// What goes on inside, and when: since the program began.
+    pub fn trace(&self, level: Level, part: &str, told: &Told) {
+        let level = level.as_str().to_lowercase();
+        let ms = BEGAN.elapsed().as_secs_f64() * 1e3;
+        if self.json {
+            let mut value = told_json(&level, told);
+            value["part"] = part.into();
+            value["ms"] = ((ms * 1e3).round() / 1e3).into();
+            return say_json(&value);
+        }
+        say(&format!("{DIM}{level}: {ms:.1} ms {part}: {}{DIM:#}\n", told.line()));
     }
 
     /// An error that does not end the command, and what it means for it.
@@ -147,6 +176,13 @@ pub fn usage(error: &clap::Error) -> std::process::ExitCode {
         }
     }
     std::process::ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+fn told_json(level: &str, told: &Told) -> serde_json::Value {
+    let mut value: serde_json::Map<_, _> =
+        told.fields.iter().map(|(name, field)| ((*name).to_owned(), field.as_str().into())).collect();
+    value.insert(level.to_owned(), told.message.as_str().into());
+    value.into()
 }
 
 fn failure_json(error: &Error) -> serde_json::Value {

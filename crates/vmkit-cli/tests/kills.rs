@@ -8,24 +8,32 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{State, signalled, text};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// Kills it after this long, unless it was quicker. Returns whether it was killed.
-fn kill_after(mut child: Child, time: Duration) -> bool {
+fn kill_after(child: Child, time: Duration) -> bool {
     std::thread::sleep(time);
-    let _ = child.kill();
-    child.wait().unwrap().code().is_none()
+    end(child, Signal::KILL)
+}
+
+/// Sends it a signal. Returns whether that ended it.
+fn end(mut child: Child, signal: Signal) -> bool {
+    kill_process(Pid::from_child(&child), signal).unwrap();
+    // One that is told to end, and not killed, says that it was.
+    matches!(child.wait().unwrap().code(), None | Some(130))
 }
 
 /// Kills of a command at moments that are spread over the time it takes.
 struct Spread {
     whole: Duration,
+    signal: Signal,
     killed: u32,
 }
 
 impl Spread {
     /// `whole` is what the command took once.
     fn over(whole: Duration) -> Spread {
-        Spread { whole, killed: 0 }
+        Spread { whole, signal: Signal::KILL, killed: 0 }
     }
 
     /// Kills it at this part of its time, from 0 to 1. One that is done sooner shows what it takes by now: a machine that was
@@ -43,7 +51,7 @@ impl Spread {
             }
             std::thread::sleep(left.min(Duration::from_millis(2)));
         }
-        self.killed += u32::from(kill_after(child, Duration::ZERO));
+        self.killed += u32::from(end(child, self.signal));
         at
     }
 }
@@ -133,30 +141,33 @@ fn a_suspend_that_is_killed_leaves_a_machine_that_goes_on() {
 }
 
 #[test]
-fn a_resume_that_is_killed_loses_nothing() {
+fn a_resume_that_is_killed_or_interrupted_loses_nothing() {
     let Some(state) = State::new() else { return };
     state.ok(&["clone", "web"]);
     state.ok(&["start", "web"]);
     state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word"]);
     state.ok(&["suspend", "web"]);
-    let mut kills = Spread::over(took(|| drop(state.ok(&["start", "web"]))));
-    for step in 0..20 {
-        state.ok(&["suspend", "web"]);
-        let child = state.command(&["start", "web"]).stderr(Stdio::null()).spawn().unwrap();
-        // From where it asks QEMU for something on.
-        let at = kills.kill_at(child, 0.3 + 0.7 * f64::from(step) / 19.0);
-        match state.machines()[0].1.as_str() {
-            "Running" => assert_eq!(state.pids().len(), 1),
-            "Suspended" => {
-                assert_eq!(state.pids(), [0; 0]);
-                state.ok(&["start", "web"]);
+    let whole = took(|| drop(state.ok(&["start", "web"])));
+    for signal in [Signal::KILL, Signal::INT] {
+        let mut ends = Spread { signal, ..Spread::over(whole) };
+        for step in 0..20 {
+            state.ok(&["suspend", "web"]);
+            let child = state.command(&["start", "web"]).stderr(Stdio::null()).spawn().unwrap();
+            // From where it asks QEMU for something on.
+            let at = ends.kill_at(child, 0.3 + 0.7 * f64::from(step) / 19.0);
+            match state.machines()[0].1.as_str() {
+                "Running" => assert_eq!(state.pids().len(), 1),
+                "Suspended" => {
+                    assert_eq!(state.pids(), [0; 0]);
+                    state.ok(&["start", "web"]);
+                }
+                other => panic!("{signal:?} of a resume at {at:?} left it {other}: {}", state.ok(&["inspect", "web"])),
             }
-            other => panic!("a resume that was killed at {at:?} left it {other}: {}", state.ok(&["inspect", "web"])),
+            assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
         }
-        assert_eq!(state.ok(&["exec", "web", "--", "cat", "/dev/shm/word"]), "word\n");
+        let ended = ends.killed;
+        assert!(ended >= 8, "only {ended} of 20 resumes were ended by {signal:?} in time");
     }
-    let killed = kills.killed;
-    assert!(killed >= 8, "only {killed} of 20 resumes were killed in time");
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
 }

@@ -127,6 +127,9 @@ fn the_lifecycle_across_invocations() {
     assert_eq!(state.fails(5, &["wait", "web", "Stopped", "--timeout", "0.2"])["state"], "Running");
 
     state.ok(&["stop", "web"]);
+    // A boot that took too long is taken back before anybody is told.
+    state.fails(5, &["--no-template", "start", "web", "--timeout", "0.05"]);
+    assert_eq!((state.pids(), state.machines()[0].1.as_str()), (vec![], "Stopped"));
     state.ok(&["stop", "web"]);
     assert!(state.fails(125, &["exec", "web", "--", "true"])["hint"].as_str().unwrap().contains("start"));
     state.ok(&["delete", "web"]);

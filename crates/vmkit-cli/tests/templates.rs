@@ -75,6 +75,37 @@ fn a_template_is_made_on_first_use_and_listed() {
 }
 
 #[test]
+fn a_boot_for_want_of_a_template_is_told() {
+    let Some(state) = own_templates() else { return };
+    let there = state.path().join("images/templates");
+    fs::create_dir_all(&there).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(&there).status().unwrap();
+    assert!(mounted.success(), "this test mounts a small disk, which takes root");
+    let run = |options: &[&str]| {
+        let output = state.vmkit(&[options, &["run", "--", "true"]].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stderr)
+    };
+    // Quiet is about remarks, and this is none.
+    let told = run(&["-q"]);
+    assert!(told.contains("warning: booting, because no template could be made (id=run-"), "{told}");
+    assert!(told.contains("MiB are free"), "{told}");
+    let told = run(&["--json"]);
+    let warning = told.lines().find_map(|line| {
+        let value: serde_json::Value = serde_json::from_str(line).unwrap();
+        value["warning"].is_string().then_some(value)
+    });
+    let warning = warning.unwrap_or_else(|| panic!("no warning in {told}"));
+    assert_eq!(warning["warning"], "booting, because no template could be made");
+    assert!(warning["error"].as_str().unwrap().contains("MiB are free"), "{warning}");
+    // Where nobody wants to hear it, nobody does; where none was wanted, there is nothing to tell.
+    for options in [&["-q", "--log", "off"][..], &["-q", "--no-template"]] {
+        assert_eq!(run(options), "");
+    }
+    assert!(Command::new("umount").arg(&there).status().unwrap().success());
+}
+
+#[test]
 fn a_warm_up_is_in_every_fork_and_an_image_takes_its_templates_with_it() {
     let Some(state) = own_templates() else { return };
     let key = state.ok(&["template", "build", "--memory", "192M", "--warm", "echo warm > /dev/shm/w"]);

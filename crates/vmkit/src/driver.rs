@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
@@ -16,6 +17,27 @@ use crate::properties::Properties;
 use crate::snapshot::Snapshot;
 use crate::spec::{Id, Spec};
 use crate::state::{Action, Fact, State};
+
+/// Whether a resume has passed the point from which there is no way back to Suspended.
+#[derive(Debug, Default)]
+pub struct Spent(AtomicBool);
+
+impl Spent {
+    /// There is a way back.
+    pub fn new() -> Spent {
+        Spent::default()
+    }
+
+    /// There is none from now on. To be called right before the saved execution is given up, with nothing awaited in between.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether there is none.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
 
 /// One machine, as its hypervisor sees it.
 ///
@@ -40,8 +62,9 @@ pub trait Driver: Send + 'static {
     /// its output in the error.
     fn boot(&mut self, console: ConsoleSinks) -> impl Future<Output = Result<()>> + Send;
 
-    /// Goes on from the saved execution. Returns when the guest's agent has answered.
-    fn resume(&mut self, console: ConsoleSinks) -> impl Future<Output = Result<()>> + Send;
+    /// Goes on from the saved execution. Returns when the guest's agent has answered. Says when that execution is spent: from
+    /// then on no caller who goes away ends this, because what runs is nowhere else any more.
+    fn resume(&mut self, console: ConsoleSinks, spent: &Spent) -> impl Future<Output = Result<()>> + Send;
 
     /// Saves the execution and ends the machine's process. Committed in one step: a suspend that was interrupted left
     /// no saved execution.

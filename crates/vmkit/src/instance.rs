@@ -28,7 +28,8 @@ use crate::state::{Action, State};
 /// # Cancel safety
 /// Dropping the future of an operation that still waits cancels it: it never runs. Once it runs, a dropped
 /// [`clone_source`](Instance::clone_source) or [`start`](Instance::start) is rolled back, and a dropped stop, suspend or
-/// delete is carried to its end; both on the machine's own task, so that no transitional state stays behind.
+/// delete is carried to its end; both on the machine's own task, so that no transitional state stays behind. So is the start of
+/// a suspended machine from when there is no way back to what was saved.
 #[derive(Clone)]
 pub struct Instance(Arc<Inner>);
 

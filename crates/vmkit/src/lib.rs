@@ -43,7 +43,7 @@ pub mod sim;
 pub use cleanup::cleanup;
 pub use command::{Child, Command, Output};
 pub use console::{ConsoleSinks, Sink};
-pub use driver::{Adopted, Capabilities, Driver, Exit, Found, Probe, Provider};
+pub use driver::{Adopted, Capabilities, Driver, Exit, Found, Probe, Provider, Spent};
 pub use error::{Error, ErrorKind, Result};
 pub use guest::{
     Binding, CommandSpec, ExitStatus, Guest, GuestFile, GuestOps, GuestProcess, GuestReader, GuestWriter,

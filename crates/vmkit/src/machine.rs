@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::console::ConsoleSinks;
-use crate::driver::{Driver, Exit};
+use crate::driver::{Driver, Exit, Spent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Guest;
 use crate::instance::StopReport;
@@ -29,7 +29,7 @@ use crate::snapshot::Snapshot;
 use crate::spec::{Id, Timeouts};
 use crate::state::{Action, Edge, Fact, State, Verdict, found, observe, plan, retrace, settle};
 
-use work::{Ended, Noticed, exited, flat, held_elsewhere, notice, split_kill, work};
+use work::{Ended, Noticed, exited, flat, held_elsewhere, notice, split_kill, unless_spent, work};
 
 /// How long a forced stop waits for another process that operates on the machine.
 const KILL_WAITS: Duration = Duration::from_millis(300);
@@ -134,7 +134,7 @@ impl<D: Driver> Machine<D> {
             return self.catch_up(fact);
         }
         if let Some(state) = observe(self.state(), seen) {
-            warn!(id = %self.id, code = exit.code, signal = exit.signal, "the machine exited");
+            info!(id = %self.id, code = exit.code, signal = exit.signal, "the machine exited");
             *self.crash.lock().unwrap_or_else(PoisonError::into_inner) = Some(exit);
             self.publish(state, Cause::Exited);
         } else {
@@ -297,7 +297,9 @@ impl<D: Driver> Machine<D> {
         let limit = self.timeouts.start;
         let kills = Some(&mut self.kills);
         let ended = if edge.from == State::Suspended {
-            work(self.driver.resume(console), limit, "resuming", reply.closed(), kills).await
+            let spent = Spent::new();
+            let gone = unless_spent(&spent, reply.closed());
+            work(self.driver.resume(console, &spent), limit, "resuming", gone, kills).await
         } else {
             work(self.driver.boot(console), limit, "starting", reply.closed(), kills).await
         };

@@ -275,6 +275,26 @@ async fn a_dropped_start_is_undone_and_a_dropped_stop_is_carried_out() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_resume_that_has_spent_what_was_saved_goes_on_without_its_caller() {
+    let (world, host) = host();
+    let vm = machine(&host, "vm", State::Suspended).await;
+    let begun = Instant::now();
+    tokio::time::timeout(3 * SECOND, vm.start(ConsoleSinks::discard())).await.unwrap_err();
+    assert_eq!((vm.state(), settled(&vm).await), (State::Starting, State::Running));
+    assert_eq!(begun.elapsed().as_secs(), 4);
+    // Who wants it off has it off.
+    vm.suspend().await.unwrap();
+    let (started, killed) = tokio::join!(vm.start(ConsoleSinks::discard()), async {
+        tokio::time::sleep(3 * SECOND).await;
+        vm.kill().await
+    });
+    assert_eq!(started.unwrap_err().kind(), ErrorKind::Cancelled);
+    killed.stop.unwrap();
+    assert_eq!((vm.state(), world.processes(vm.id())), (State::Stopped, 0));
+    assert_eq!(world.violations(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_suspend_that_is_cut_off_ends_off() {
     let (world, host) = host();
     for killed in [false, true] {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{id, machine, spec};
 use vmkit::sim::{Fault, SimProvider, Verb, World};
-use vmkit::{Action, ConsoleSinks, Driver, ErrorKind, ExitStatus, Fact, Host, Provider, State};
+use vmkit::{Action, ConsoleSinks, Driver, ErrorKind, ExitStatus, Fact, Host, Provider, Spent, State};
 
 fn host() -> (World, Host<SimProvider>) {
     let world = World::new();
@@ -118,7 +118,7 @@ async fn the_impossible_is_a_violation() {
     driver.boot(ConsoleSinks::discard()).await.unwrap_err();
     violated(&world, "without a disk");
     driver.clone_source().await.unwrap();
-    driver.resume(ConsoleSinks::discard()).await.unwrap_err();
+    driver.resume(ConsoleSinks::discard(), &Spent::new()).await.unwrap_err();
     violated(&world, "without a saved execution");
     driver.boot(ConsoleSinks::discard()).await.unwrap();
     driver.boot(ConsoleSinks::discard()).await.unwrap_err();

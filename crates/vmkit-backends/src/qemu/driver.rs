@@ -1,5 +1,6 @@
 //! One machine: the verbs.
 
+use std::error::Error as StdError;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use vmkit::{
     Action, Birth, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Origin, Probe, Result,
-    Snapshot, Spec,
+    Snapshot, Spec, Spent,
 };
 use vmkit_agent::client::Client;
 
@@ -430,7 +431,8 @@ impl Driver for QemuDriver {
                 Ok(None) => {}
                 Err(error) if self.spec.snapshot.is_some() => return Err(error),
                 Err(error) => {
-                    warn!(id = %self.id, %error, "booting, because no template could be made");
+                    let id = &self.id;
+                    warn!(%id, error = &error as &dyn StdError, "booting, because no template could be made");
                     note = Some(error.to_string());
                 }
             }
@@ -451,7 +453,7 @@ impl Driver for QemuDriver {
         layout::mark_ready(&self.dir)
     }
 
-    async fn resume(&mut self, console: ConsoleSinks) -> Result<()> {
+    async fn resume(&mut self, console: ConsoleSinks, spent: &Spent) -> Result<()> {
         let facts = self.facts().await?;
         let accelerator = self.saved_accelerator(&facts)?;
         if let Some((_, Memory::Apart)) = layout::saved(&self.dir) {
@@ -482,6 +484,7 @@ impl Driver for QemuDriver {
             _ => error.hint(format!("its saved execution is damaged, or from another QEMU: {DISCARD}")),
         })?;
         // Spent before the guest goes on: memory that a guest has gone on from no longer fits it.
+        spent.set();
         layout::rename(&self.file(state), &self.file(STATE_SPENT))?;
         if self.config.durable {
             layout::sync(&self.dir)?;

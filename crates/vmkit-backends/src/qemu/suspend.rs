@@ -1,5 +1,6 @@
 //! Suspending: what runs is saved to disk with its memory, or goes on as if nothing had been.
 
+use std::error::Error as StdError;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -112,7 +113,8 @@ impl QemuDriver {
         if error.kind() != ErrorKind::Unsupported {
             return Err(error);
         }
-        warn!(id = %self.id, %error, "saving memory as QEMU does: going on will take long");
+        let id = &self.id;
+        warn!(%id, error = &error as &dyn StdError, "saving memory as QEMU does: going on will take long");
         layout::remove(&self.file(MEMORY_APART))?;
         layout::remove(&self.file(STATE_PARTIAL))?;
         qmp.save(&format!("file:{STATE_PARTIAL}"), Memory::Within).await?;

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::Kill;
-use crate::driver::{Driver, Exit};
+use crate::driver::{Driver, Exit, Spent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::Id;
 use crate::state::{Action, Fact, State};
@@ -54,6 +54,14 @@ pub(super) async fn work<T>(
                 Ended::Done(Err(Error::new(ErrorKind::TimedOut, format!("{doing} took longer than {limit:?}"))))
             }
         },
+    }
+}
+
+/// That a caller is gone, of a resume: none, once its saved execution is spent.
+pub(super) async fn unless_spent(spent: &Spent, caller_gone: impl Future<Output = ()>) {
+    caller_gone.await;
+    if spent.is_set() {
+        pending().await
     }
 }
 

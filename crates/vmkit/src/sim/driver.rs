@@ -10,7 +10,7 @@ use super::hardware::{Disk, Hardware, Phase, killed};
 use super::probe::SimProbe;
 use super::world::World;
 use crate::console::ConsoleSinks;
-use crate::driver::{Driver, Exit, Probe};
+use crate::driver::{Driver, Exit, Probe, Spent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Guest;
 use crate::snapshot::Snapshot;
@@ -69,6 +69,17 @@ impl SimDriver {
         first: impl FnOnce(&mut Hardware, &Id) -> Result<()>,
         second: impl FnOnce(&mut Hardware, &Id) -> Result<()>,
     ) -> Result<()> {
+        self.perform_spending(verb, None, first, second).await
+    }
+
+    /// The same of a resume: between loading what was saved and the agent's answer, that is spent.
+    async fn perform_spending(
+        &mut self,
+        verb: Verb,
+        spent: Option<&Spent>,
+        first: impl FnOnce(&mut Hardware, &Id) -> Result<()>,
+        second: impl FnOnce(&mut Hardware, &Id) -> Result<()>,
+    ) -> Result<()> {
         let (fault, _busy) = self.enter(verb).await?;
         let failed = || Err(Error::new(ErrorKind::Backend, format!("sim: {verb:?} was to fail")));
         match fault {
@@ -78,11 +89,24 @@ impl SimDriver {
         }
         self.world.change(|hw| first(hw, &self.id))?;
         let pid = self.world.look(|hw| hw.units.get(&self.id).and_then(|unit| unit.process.as_ref()).map(|it| it.pid));
+        let latency = self.world.look(|hw| hw.latency.of(verb));
+        let parts = if spent.is_some() { 2 } else { 1 };
         let working = async {
-            self.world.pause(self.world.look(|hw| hw.latency.of(verb))).await;
-            if fault == Fault::Hang {
-                self.world.hang().await;
+            self.world.pause(latency / parts).await;
+            match fault {
+                Fault::Hang => self.world.hang().await,
+                Fault::Err => return failed(),
+                Fault::Panic => panic!("sim: {verb:?} was to panic"),
+                _ => {}
             }
+            if let Some(spent) = spent {
+                self.world.change(|hw| {
+                    spent.set();
+                    hw.spend(&self.id)
+                })?;
+                self.world.pause(latency / parts).await;
+            }
+            Ok(())
         };
         match pid {
             // A process that ends while it boots fails the boot at once, not at the deadline.
@@ -91,14 +115,9 @@ impl SimDriver {
                 () = self.world.until(&self.id, |hw| hw.process(&self.id, pid).is_err().then_some(())) => {
                     return self.world.change(|hw| hw.process(&self.id, pid).map(drop));
                 }
-                () = working => {}
+                done = working => done?,
             },
-            _ => working.await,
-        }
-        match fault {
-            Fault::Err => return failed(),
-            Fault::Panic => panic!("sim: {verb:?} was to panic"),
-            _ => {}
+            _ => working.await?,
         }
         self.world.change(|hw| second(hw, &self.id))?;
         match fault {
@@ -126,7 +145,7 @@ impl SimDriver {
     }
 
     /// Boots or resumes: power on, then the agent answers.
-    async fn power_on(&mut self, verb: Verb, console: ConsoleSinks) -> Result<()> {
+    async fn power_on(&mut self, verb: Verb, console: ConsoleSinks, spent: Option<&Spent>) -> Result<()> {
         if self.world.look(|hw| hw.is(Broken::Liar)) {
             return self.enter(verb).await.map(drop);
         }
@@ -172,14 +191,9 @@ impl SimDriver {
             process.phase = Phase::Up;
             process.memory.thaw();
             process.console.stdout.push(b"sim: the agent answers\r\n");
-            // Spent before the guest goes on, as the lifecycle demands: nobody resumes twice from one execution.
-            let spent = unit.saved.take();
-            if let Some(spent) = spent.filter(|spent| !Arc::ptr_eq(spent, &process.memory)) {
-                spent.lose();
-            }
             Ok(())
         };
-        self.perform(verb, first, second).await
+        self.perform_spending(verb, spent, first, second).await
     }
 }
 
@@ -246,11 +260,11 @@ impl Driver for SimDriver {
     }
 
     async fn boot(&mut self, console: ConsoleSinks) -> Result<()> {
-        self.power_on(Verb::Boot, console).await
+        self.power_on(Verb::Boot, console, None).await
     }
 
-    async fn resume(&mut self, console: ConsoleSinks) -> Result<()> {
-        self.power_on(Verb::Resume, console).await
+    async fn resume(&mut self, console: ConsoleSinks, spent: &Spent) -> Result<()> {
+        self.power_on(Verb::Resume, console, Some(spent)).await
     }
 
     async fn suspend(&mut self) -> Result<()> {

@@ -29,6 +29,8 @@ pub(super) enum Disk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Booting,
+    /// From a saved execution that is spent, and its agent is yet to answer.
+    GoingOn,
     Up,
     Paused,
     ShuttingDown,
@@ -292,7 +294,7 @@ impl Hardware {
             (None, Disk::Whole) => Fact::Stopped,
             (Some(process), Disk::Whole) => match process.phase {
                 Phase::Up | Phase::ShuttingDown => Fact::Running,
-                Phase::Booting | Phase::Paused => Fact::Broken,
+                Phase::Booting | Phase::GoingOn | Phase::Paused => Fact::Broken,
             },
         }
     }
@@ -318,7 +320,7 @@ impl Hardware {
         }
         match unit.process.as_ref().map(|process| process.phase) {
             Some(Phase::Booting) => self.end_process(id, killed()),
-            Some(Phase::Paused) => self.set_phase(id, Phase::Up),
+            Some(Phase::Paused | Phase::GoingOn) => self.set_phase(id, Phase::Up),
             Some(Phase::Up | Phase::ShuttingDown) | None => {}
         }
         let unit = self.unit(id);
@@ -326,6 +328,20 @@ impl Hardware {
             self.remove_saved(id);
             self.remove_disk(id);
         }
+    }
+
+    /// The guest goes on from what was saved. Spent before that, as the lifecycle demands: nobody resumes twice from one execution.
+    pub(super) fn spend(&mut self, id: &Id) -> Result<()> {
+        let unit = self.unit(id);
+        let Some(process) = &mut unit.process else {
+            return Err(Error::new(ErrorKind::Exited, "the machine's process has ended"));
+        };
+        process.phase = Phase::GoingOn;
+        process.memory.thaw();
+        if let Some(spent) = unit.saved.take().filter(|spent| !Arc::ptr_eq(spent, &process.memory)) {
+            spent.lose();
+        }
+        Ok(())
     }
 
     pub(super) fn set_phase(&mut self, id: &Id, phase: Phase) {
