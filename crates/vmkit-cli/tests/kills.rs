@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{State, signalled, text};
+use common::{State, eventually, signalled, text};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Kills it after this long, unless it was quicker. Returns whether it was killed.
@@ -291,6 +291,61 @@ fn a_qemu_that_is_killed_while_it_is_suspended_is_an_error_and_a_stopped_machine
         }
         assert_eq!(state.pids(), [0; 0]);
     }
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+/// A fork's first suspend writes all of its memory: there is time to kill its QEMU while it does.
+#[test]
+fn a_machine_that_ended_in_a_suspend_says_why_until_it_is_started() {
+    let Some(state) = State::new() else { return };
+    let ended = (0..5).any(|_| {
+        state.ok(&["clone", "web"]);
+        state.ok(&["start", "web"]);
+        let suspend = state.command(&["suspend", "web"]).stderr(Stdio::piped()).spawn().unwrap();
+        eventually(|| state.path().join("vms/web/memory.apart").exists());
+        for pid in state.pids() {
+            kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
+        }
+        let output = suspend.wait_with_output().unwrap();
+        if output.status.success() {
+            // It was done when we came to look.
+            state.ok(&["cleanup", "web"]);
+            return false;
+        }
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        true
+    });
+    assert!(ended, "no suspend was caught while it wrote");
+    assert_eq!(state.machines(), [("web".into(), "Stopped".into())]);
+    let why = "a suspend of it failed and could not be called off";
+    assert!(state.ok(&["inspect", "web"]).contains(why));
+    let listed = state.vmkit(&["ls"]);
+    assert!(text(&listed.stderr).contains(why), "{}", text(&listed.stderr));
+    state.ok(&["start", "web"]);
+    assert!(!state.ok(&["inspect", "web"]).contains(why));
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}
+
+#[test]
+fn a_copy_whose_maker_was_killed_when_it_was_ready_stays_and_is_a_copy_no_more() {
+    let Some(state) = State::new() else { return };
+    state.ok(&["clone", "web"]);
+    state.ok(&["start", "web"]);
+    state.ok(&["exec", "web", "--", "sh", "-c", "echo word > /dev/shm/word; echo word > /root/word"]);
+    state.ok(&["fork", "web", "copy"]);
+    // As if whoever started it had died before it could say that the copy is on its own.
+    let fresh = state.path().join("vms/copy/fresh");
+    std::fs::write(&fresh, "").unwrap();
+    let start = vmkit::Action::ALL.iter().position(|action| *action == vmkit::Action::Start).unwrap();
+    std::fs::File::create(state.path().join("vms/.locks/copy")).unwrap().set_len(start as u64).unwrap();
+    assert_eq!(state.ok(&["exec", "copy", "--", "cat", "/dev/shm/word"]), "word\n");
+    assert!(!fresh.exists());
+    // What it was a copy of is kept no more: what starts again is its own disk.
+    state.ok(&["stop", "copy"]);
+    state.ok(&["start", "copy"]);
+    assert_eq!(state.ok(&["exec", "copy", "--", "sh", "-c", "cat /root/word; ls /dev/shm"]), "word\n");
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
 }
