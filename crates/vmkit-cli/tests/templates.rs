@@ -45,6 +45,12 @@ fn a_template_is_made_on_first_use_and_listed() {
     assert_eq!((born["how"].as_str(), born["template"].as_str()), (Some("fork"), Some(key)));
     assert_eq!(born["unused"], true);
     assert!(state.ok(&["inspect", "forked"]).contains("machine-id"));
+    // Who is a fork's first command was made before its template rested for 200 ms, and waited in it.
+    let script = "read stat < /proc/self/stat; set -- $stat; shift 21; read up idle < /proc/uptime; echo $1 $up";
+    let said = state.ok(&["run", "--", "sh", "-c", script]);
+    let (since, now) = said.trim().split_once(' ').unwrap();
+    let waited = now.parse::<f64>().unwrap() - since.parse::<f64>().unwrap() / 100.0;
+    assert!(waited >= 0.2, "a fork's first command was made for it: {said}");
     assert!(state.ok(&["template", "ls"]).contains(key));
     assert!(state.ok(&["ls"]).contains("UNIQUE"));
     // Memory that is its own from the start is a file, and suspending it writes no more than the devices.
