@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long, global = true, env = "VMKIT_ACCEL", value_name = "auto|kvm|tcg", default_value = "auto", value_parser = accelerator, hide_default_value = true, help_heading = "Global options")]
     pub accel: Accelerator,
     /// What to tell of what goes on inside: off, error, warn, info, debug, trace, or for parts of it (vmkit_backends=debug)
-    #[arg(long, global = true, env = "VMKIT_LOG", value_name = "LEVEL", default_value = "warn", value_parser = crate::log::filter, help_heading = "Global options")]
+    #[arg(long, global = true, env = "VMKIT_LOG", value_name = "LEVEL", default_value = crate::log::DEFAULT, value_parser = crate::log::filter, help_heading = "Global options")]
     pub log: Targets,
     /// Print JSON, errors too
     #[arg(long, global = true, help_heading = "Global options")]
@@ -343,7 +343,9 @@ fn state(word: &str) -> Result<State, String> {
     word.parse().map_err(|error: vmkit::UnknownState| error.to_string())
 }
 
+/// A variable that is empty is as good as none.
 fn accelerator(word: &str) -> Result<Accelerator, String> {
+    let word = if word.is_empty() { "auto" } else { word };
     word.parse().map_err(|_| "use auto, kvm or tcg".to_owned())
 }
 

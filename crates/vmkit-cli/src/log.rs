@@ -10,10 +10,14 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 use crate::output::Output;
 
+pub const DEFAULT: &str = "warn";
+
 /// A level, of vmkit's own parts, or a list of `PART=LEVEL` and levels of all others.
 pub fn filter(text: &str) -> Result<Targets, String> {
     const WORDS: &str =
         "use off, error, warn, info, debug, trace, or parts with levels: vmkit_backends=debug,vmkit=info";
+    // A variable that is empty is as good as none.
+    let text = if text.is_empty() { DEFAULT } else { text };
     let level = |word: &str| word.parse::<LevelFilter>().ok().filter(|_| !word.is_empty());
     if let Some(level) = level(text) {
         return Ok(Targets::new().with_target("vmkit", level));
@@ -107,7 +111,8 @@ mod tests {
         let parts = filter("vmkit_backends=trace,error").unwrap();
         assert!(parts.would_enable("vmkit_backends", &Level::TRACE) && !parts.would_enable("vmkit", &Level::WARN));
         assert!(!filter("off").unwrap().would_enable("vmkit", &Level::ERROR));
-        for wrong in ["", "loud", "vmkit=loud", "debug=vmkit"] {
+        assert_eq!(filter("").unwrap(), filter("warn").unwrap());
+        for wrong in ["loud", "=debug,", "vmkit=loud", "debug=vmkit"] {
             assert!(filter(wrong).unwrap_err().contains("warn"), "{wrong}");
         }
     }
