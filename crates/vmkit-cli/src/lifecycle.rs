@@ -169,6 +169,10 @@ pub async fn reset(args: &Args, names: &[Id], output: &Output) -> Result<u8, Fai
     let images = context.images()?;
     let _hold = context.blocking(move |_, _| images.hold()).await?;
     each(args, names, "resetting", output, async |instance: &Instance| {
+        if matches!(instance.spec().source, Source::Alias(_)) {
+            let error = Error::new(ErrorKind::Corrupt, "what it was made from is not on record any more");
+            return Err(error.on(instance.id().as_str()).during("reset").hint("`vmkit cleanup` removes it"));
+        }
         context.template(instance.id(), instance.spec()).await;
         let limit = CLEANUP_LIMIT + instance.spec().timeouts.start;
         vmkit::reset(instance, ConsoleSinks::discard(), limit).await?;

@@ -398,3 +398,74 @@ fn what_somebody_asked_who_was_killed_is_not_taken_for_an_answer_to_the_next() {
     state.ok(&["cleanup", "--all", "--grace", "0"]);
     state.is_clean();
 }
+
+/// A QEMU that is killed as soon as a guest is to run in it.
+fn killed_qemu() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let program = format!("qemu-system-{}", std::env::consts::ARCH);
+    let qemu = std::env::split_paths(&std::env::var_os("PATH").unwrap())
+        .map(|dir| dir.join(&program))
+        .find(|path| path.is_file())
+        .unwrap();
+    // Machines have a monitor; what is asked for its version has none.
+    let script = format!("#!/bin/sh\ncase \"$*\" in *qmp*) kill -KILL $$;; esac\nexec {} \"$@\"\n", qemu.display());
+    std::fs::write(dir.path().join(&program), script).unwrap();
+    std::fs::set_permissions(dir.path().join(&program), std::fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+#[test]
+fn a_qemu_that_is_killed_is_said_to_be_and_what_it_was_given_is_kept() {
+    let Some(state) = State::new() else { return };
+    for name in ["saved", "fresh", "web"] {
+        state.ok(&["clone", name]);
+    }
+    state.ok(&["start", "saved", "web"]);
+    state.ok(&["exec", "saved", "--", "sh", "-c", "echo word > /dev/shm/word"]);
+    state.ok(&["suspend", "saved"]);
+    let killed = killed_qemu();
+    let mut path = std::ffi::OsString::from(killed.path());
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap());
+    for name in ["saved", "fresh"] {
+        let output = state.command(&["--json", "start", name]).env("PATH", &path).output().unwrap();
+        let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+        let (error, hint) = (&error["error"], error["error"]["hint"].as_str().unwrap());
+        assert_eq!(error["code"], "exited", "{error}");
+        assert!(error["message"].as_str().unwrap().contains("QEMU was killed"), "{error}");
+        assert!(
+            !hint.contains("--discard") && !hint.contains("template") && hint.contains("start it again"),
+            "{error}"
+        );
+        state.ok(&["start", name]);
+    }
+    assert_eq!(state.ok(&["exec", "saved", "--", "cat", "/dev/shm/word"]), "word\n");
+    // One that ends while it is being suspended, or copied.
+    for verb in [&["suspend", "web"][..], &["fork", "web", "copy"]] {
+        if state.machines().iter().any(|machine| *machine == ("web".into(), "Stopped".into())) {
+            state.ok(&["start", "web"]);
+        }
+        let shown: serde_json::Value = serde_json::from_str(&state.ok(&["--json", "inspect", "web"])).unwrap();
+        let pid = u32::try_from(shown["properties"]["pid"].as_u64().unwrap()).unwrap();
+        common::signalled(pid, "-STOP");
+        let mut args = vec!["--json"];
+        args.extend(verb);
+        let child = state.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let begun =
+            || match verb[0] {
+                // Its lock's holder says what it does.
+                "suspend" => !state.machines().contains(&("web".into(), "Running".into())),
+                _ => state.path().join("vms/.snapshots/.work").read_dir().is_ok_and(|dir| {
+                    dir.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("fork-"))
+                }),
+            };
+        common::eventually(begun);
+        common::signalled(pid, "-KILL");
+        let output = child.wait_with_output().unwrap();
+        let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+        assert_eq!(error["error"]["code"], "exited", "{error}");
+    }
+    state.ok(&["cleanup", "--all", "--grace", "0"]);
+    state.is_clean();
+}

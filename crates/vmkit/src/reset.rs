@@ -7,6 +7,8 @@ use crate::console::ConsoleSinks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::instance::Instance;
 use crate::properties::Properties;
+use crate::publish::Cause;
+use crate::state::State;
 
 /// Rolls a machine back to what it was made from, whatever state it is in: what it has is removed as by a deletion (processes,
 /// memory, disk, saved execution), and it is made and started again under its name, within `limit` in all. Afterwards it is
@@ -18,7 +20,8 @@ use crate::properties::Properties;
 /// # Errors
 /// What the step that failed failed with; then the machine is in the state that this step left it in, with nothing of the old
 /// one unless the state is that of the deletion, and a reset can be tried again. [`ErrorKind::Inconsistent`] when what runs is
-/// not provably new: it is removed again. [`ErrorKind::Unsupported`] for a copy of a machine ([`Instance::fork`]), which is not
+/// not provably new: it is removed again. [`ErrorKind::NotFound`] and [`ErrorKind::NotRunning`] when somebody else has deleted or
+/// stopped it meanwhile: it is left to them. [`ErrorKind::Unsupported`] for a copy of a machine ([`Instance::fork`]), which is not
 /// touched. [`ErrorKind::TimedOut`], with the state, when `limit` passed.
 pub async fn reset(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
     if instance.spec().snapshot.is_some() {
@@ -32,15 +35,34 @@ pub async fn reset(instance: &Instance, console: ConsoleSinks, limit: Duration) 
 
 async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
     let old = instance.properties();
+    let was_there = is_there(instance);
     cleanup(instance, Duration::ZERO, limit).await?;
+    if was_there && instance.status().cause == Cause::Elsewhere {
+        // Whoever wanted it gone is not to find it again.
+        return Err(taken(instance, ErrorKind::NotFound, "somebody else has deleted it meanwhile"));
+    }
     instance.clone_source().await?;
     instance.start(console).await?;
     let proven = prove_new(&old, instance);
     if proven.is_err() {
+        if instance.properties().pid.is_none() {
+            return Err(taken(instance, ErrorKind::NotRunning, "somebody else has stopped or deleted it meanwhile"));
+        }
         // Whoever asked for a new one must not go on with this one.
         cleanup(instance, Duration::ZERO, limit).await?;
     }
     proven
+}
+
+fn is_there(instance: &Instance) -> bool {
+    !matches!(instance.state(), State::Initial | State::Deleted)
+}
+
+fn taken(instance: &Instance, kind: ErrorKind, why: &str) -> Error {
+    Error::new(kind, why)
+        .on(instance.id().as_str())
+        .during("reset")
+        .hint("look whether it is there, and clone and start it if it is to be")
 }
 
 /// Whether a machine that runs under another's name is a new one.

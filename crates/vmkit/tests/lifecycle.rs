@@ -295,6 +295,20 @@ async fn a_resume_that_has_spent_what_was_saved_goes_on_without_its_caller() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_another_process_deletes_is_not_made_again_by_a_reset() {
+    let (world, host) = host();
+    let theirs = Host::new(SimProvider::new(world.clone()));
+    let vm = machine(&host, "vm", State::Stopped).await;
+    theirs.adopt(&id("vm")).await.unwrap().delete().await.unwrap();
+    let error = vmkit::reset(&vm, ConsoleSinks::discard(), 60 * SECOND).await.unwrap_err();
+    assert_eq!((error.kind(), vm.state()), (ErrorKind::NotFound, State::Deleted), "{error:?}");
+    assert_eq!(world.residue(), Vec::<String>::new());
+    // Who knows that it is gone makes it again.
+    vmkit::reset(&vm, ConsoleSinks::discard(), 60 * SECOND).await.unwrap();
+    assert_eq!(vm.state(), State::Running);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_suspend_that_is_cut_off_ends_off() {
     let (world, host) = host();
     for killed in [false, true] {

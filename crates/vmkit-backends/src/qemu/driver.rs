@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::process::{Child, Command};
 use tokio::task::AbortHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::{debug, warn};
 use vmkit::{
     Action, Birth, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Origin, Probe, Result,
@@ -31,20 +31,21 @@ use super::probe::{QemuProbe, now};
 use super::qcow2::{self, Base};
 use super::qmp::{Memory, Qmp};
 use super::template::{Shape, Template, Templates};
+use super::watch::ENDS;
 use super::{Accelerator, Qemu, QemuConfig, console, exit, image, recover};
 use crate::process::{Held, Identity};
 
 /// How much of a log goes into an error, bytes.
-const TAIL: u64 = 2048;
+pub(super) const TAIL: u64 = 2048;
 /// How long the agent may take to answer a request of ours.
 pub(super) const AGENT_ANSWERS: Duration = Duration::from_secs(10);
-/// How long a QEMU whose sockets have closed may take to be gone.
-const ENDS: Duration = Duration::from_secs(2);
-/// What is left of a start's time when the start gives up by itself, to say why.
-const MARGIN: Duration = Duration::from_millis(500);
 
 /// What is left for a machine that cannot go on.
 const DISCARD: &str = "`vmkit start --discard` boots it from its disk instead; what ran in it is lost";
+
+/// What is left for one that had gone on.
+const SPENT: &str =
+    "it had gone on from its saved execution, which is spent: start it again, and it boots from its disk";
 
 /// The driver of one QEMU machine.
 pub struct QemuDriver {
@@ -57,7 +58,7 @@ pub struct QemuDriver {
     lock: Option<Lock>,
     /// Being copied while it runs: whoever takes it next lets its guest go on.
     forking: bool,
-    process: Option<Process>,
+    pub(super) process: Option<Process>,
     pub(super) line: Arc<Line>,
     /// What is being told of a suspend that was called off.
     pub(super) thawing: Option<AbortHandle>,
@@ -74,7 +75,7 @@ pub(super) enum TemplateUse {
     Make,
 }
 
-enum Process {
+pub(super) enum Process {
     /// Our child: its exit status is ours to read.
     Ours { child: Child, identity: Identity },
     /// Started by another process, found by its record.
@@ -177,66 +178,6 @@ impl QemuDriver {
     pub(super) fn follow(&self, from: u64, console: ConsoleSinks) {
         if let Some(process) = &self.process {
             console::follow(&self.dir, process.identity().clone(), from, console);
-        }
-    }
-
-    /// Waits for `ready` while QEMU lives and its kernel has not given up.
-    pub(super) async fn until<T>(&mut self, from: u64, ready: impl Future<Output = Result<T>>) -> Result<T> {
-        let dir = self.dir.clone();
-        let limit = self.spec.timeouts.start.saturating_sub(MARGIN);
-        let mut outcome = tokio::select! {
-            biased;
-            ready = ready => ready,
-            exit = self.gone() => Err(exit::error(&exit)),
-            () = console::panicked(&dir, from) => Err(Error::new(ErrorKind::Exited, exit::PANICKED)),
-            () = sleep(limit) => Err(Error::new(
-                ErrorKind::TimedOut,
-                format!("the guest's agent did not answer within {limit:?}"),
-            )
-            .hint("a busy host boots slowly: allow more time; else the end of the console tells where the guest stands")),
-        };
-        // A line that breaks is mostly a QEMU that is ending: say the cause, not the symptom.
-        if matches!(&outcome, Err(error) if matches!(error.kind(), ErrorKind::Agent | ErrorKind::Backend))
-            && let Ok(exit) = timeout(ENDS, self.gone()).await
-        {
-            outcome = Err(exit::error(&exit));
-        }
-        outcome.map_err(|error| {
-            let details = self.tails();
-            let hint = match details.is_empty() {
-                false => "the details are the end of what the machine and QEMU printed",
-                true => "neither the machine nor QEMU said why: give it more memory, and see `vmkit doctor`",
-            };
-            match error.next_step() {
-                Some(_) => error.with_details(details),
-                None => error.hint(hint).with_details(details),
-            }
-        })
-    }
-
-    /// The end of what the machine and QEMU printed.
-    fn tails(&self) -> String {
-        let mut text = String::new();
-        for (title, name) in [("console", SERIAL), ("QEMU", OUTPUT)] {
-            let tail = layout::tail(&self.file(name), TAIL);
-            if !tail.is_empty() {
-                text.push_str(&format!("{title}, last lines:\n{tail}\n"));
-            }
-        }
-        text
-    }
-
-    async fn gone(&mut self) -> Exit {
-        match &mut self.process {
-            Some(Process::Ours { child, .. }) => {
-                let status = child.wait().await.ok();
-                exit::of(status, layout::tail(&self.dir.join(OUTPUT), TAIL), &self.dir)
-            }
-            Some(Process::Found(held)) => {
-                held.exited().await;
-                Exit { output: layout::tail(&self.dir.join(OUTPUT), TAIL), ..Exit::default() }
-            }
-            None => Exit::default(),
         }
     }
 
@@ -481,6 +422,7 @@ impl Driver for QemuDriver {
         };
         let (mut qmp, wire) = self.until(from, load).await.map_err(|error| match error.kind() {
             ErrorKind::TimedOut => error,
+            _ if exit::is_killed(&error) => error,
             _ => error.hint(format!("its saved execution is damaged, or from another QEMU: {DISCARD}")),
         })?;
         // Spent before the guest goes on: memory that a guest has gone on from no longer fits it.
@@ -496,7 +438,7 @@ impl Driver for QemuDriver {
             // Its clock stood still: before anybody executes anything, it is right again.
             line.renewed(wire, since, None).await
         };
-        self.until(from, goes_on).await?;
+        self.until(from, goes_on).await.map_err(|error| error.hint(SPENT))?;
         layout::mark_ready(&self.dir)?;
         layout::remove(&self.file(STATE_SPENT))
     }

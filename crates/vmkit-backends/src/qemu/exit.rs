@@ -10,6 +10,11 @@ use super::console;
 /// What a guest's kernel that gave up is called.
 pub(super) const PANICKED: &str = "the guest's kernel panicked";
 
+/// What nobody can refuse: from whoever looks after the host, or its kernel.
+const SIGKILL: i32 = rustix::process::Signal::KILL.as_raw();
+
+const KILLED: &str = "somebody on the host killed it, or its kernel for want of memory (`dmesg` tells); see `vmkit ls`, and start it again";
+
 /// QEMU's own errors end it with the same code as a panic: the console tells.
 pub(super) fn of(status: Option<ExitStatus>, output: String, dir: &Path) -> Exit {
     use std::os::unix::process::ExitStatusExt;
@@ -21,12 +26,23 @@ pub(super) fn of(status: Option<ExitStatus>, output: String, dir: &Path) -> Exit
     Exit { code, signal: status.and_then(|status| status.signal()), output }
 }
 
-pub(super) fn error(exit: &Exit) -> Error {
-    let how = match (exit.code, exit.signal) {
-        _ if exit.output.starts_with(PANICKED) => PANICKED.into(),
-        (Some(code), _) => format!("QEMU ended with exit code {code} while the machine was starting"),
-        (_, Some(signal)) => format!("QEMU was killed by signal {signal} while the machine was starting"),
-        (None, None) => "QEMU ended while the machine was starting".into(),
+/// `doing`: what was being done with the machine.
+pub(super) fn error(exit: &Exit, doing: &str) -> Error {
+    let (how, next) = match (exit.code, exit.signal) {
+        _ if exit.output.starts_with(PANICKED) => (PANICKED.into(), None),
+        (Some(code), _) => (format!("QEMU ended with exit code {code} while the machine {doing}"), None),
+        (_, Some(SIGKILL)) => (format!("QEMU was killed while the machine {doing}"), Some(KILLED)),
+        (_, Some(signal)) => (format!("QEMU was ended by signal {signal} while the machine {doing}"), None),
+        (None, None) => (format!("QEMU ended while the machine {doing}"), None),
     };
-    Error::new(ErrorKind::Exited, how)
+    let error = Error::new(ErrorKind::Exited, how);
+    match next {
+        Some(next) => error.hint(next),
+        None => error,
+    }
+}
+
+/// Whether somebody has killed QEMU, who was not us: what it was given is none the worse for it.
+pub(super) fn is_killed(error: &Error) -> bool {
+    error.next_step() == Some(KILLED)
 }

@@ -12,6 +12,7 @@ use vmkit_agent::client::Fork;
 
 use super::args::Begin;
 use super::driver::QemuDriver;
+use super::exit;
 use super::layout::{self, DISK, FRESH, LAYER, MEMORY, SERIAL};
 use super::probe::now;
 use super::qcow2::{self, Base};
@@ -102,6 +103,7 @@ impl QemuDriver {
         };
         let (mut qmp, wire) = self.until(from, load).await.map_err(|error| match error.kind() {
             ErrorKind::TimedOut => error,
+            _ if exit::is_killed(&error) => error,
             _ => {
                 let key = &template.info.key;
                 error.hint(format!(

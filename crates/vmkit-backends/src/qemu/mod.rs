@@ -39,6 +39,7 @@ mod suspend;
 mod template;
 mod through;
 mod turns;
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -329,14 +330,15 @@ impl Provider for Qemu {
     async fn adopt(&self, id: &Id) -> Result<Adopted<QemuDriver>> {
         let state = self.state(id).await?;
         let dir = self.layout.machine(id);
-        if state == State::Deleted {
+        let record = layout::read_record(&dir);
+        if state == State::Deleted || (record.is_err() && !layout::is_ours(&dir)) {
             let error = Error::new(ErrorKind::NotFound, "there is no such machine").on(id.as_str());
             return Err(match dir.symlink_metadata() {
                 Ok(_) => error.hint(format!("{} is there and was not made by vmkit", dir.display())),
                 Err(_) => error.hint("`vmkit ls` lists the machines there are"),
             });
         }
-        let spec = match layout::read_record(&dir) {
+        let spec = match record {
             Ok(record) => record.spec,
             // It can still be deleted, and needs no more than its name for that.
             Err(_) => Spec::new(Source::Alias("unknown".into())),

@@ -29,6 +29,7 @@ use super::layout::{self, DISK, LAYER, MEMORY, SERIAL, STATE, STATE_APART};
 use super::line::translate;
 use super::lock::Lock;
 use super::qmp::{Memory, Qmp};
+use super::suspend::not_begun;
 use super::template::{self, CopyOf, TemplateInfo, Templates};
 use super::{Qemu, QemuConfig, SNAPSHOTS, split};
 
@@ -93,7 +94,8 @@ impl QemuDriver {
             if self.file(LAYER).exists() {
                 link(&self.file(LAYER), &draft.join(LAYER))?;
             }
-            let paused = self.save_beside(&draft).await?;
+            let paused = self.save_beside(&draft).await;
+            let paused = self.or_ended(paused, "was being copied").await?;
             let mut copy = work.driver(&key, spec.clone());
             let settled = copy.become_template(&run.accelerator, &facts.program).await;
             let ended = copy.end_process().await;
@@ -135,7 +137,7 @@ impl QemuDriver {
 
     /// Saves memory, devices and disk to another machine's directory. Returns how long the guest stood still.
     async fn save_beside(&mut self, draft: &Path) -> Result<Duration> {
-        let mut qmp = Qmp::connect(&self.dir, super::layout::QMP).await?;
+        let mut qmp = Qmp::connect(&self.dir, super::layout::QMP).await.map_err(not_begun)?;
         // From here on, whoever comes after a process that died lets the guest go on, as who it was.
         self.note_fork()?;
         let saved = self.save_to(&mut qmp, draft).await;

@@ -11,6 +11,7 @@ use vmkit::{Driver, Error, ErrorKind, Result};
 use vmkit_agent::client::Prepare;
 
 use super::driver::{AGENT_ANSWERS, QemuDriver, TemplateUse};
+use super::exit;
 use super::layout::{self, DISK, MEMORY, MEMORY_APART, QMP, SAVED, STATE, STATE_APART, STATE_FULL, STATE_PARTIAL};
 use super::line::translate;
 use super::qmp::{Greeted, Memory, Qmp};
@@ -21,6 +22,8 @@ const HEARS: Duration = Duration::from_secs(300);
 
 /// How long a guest that is to become a template is left alone before it is saved.
 const RESTS: Duration = Duration::from_millis(200);
+
+const SUSPENDED: &str = "was being suspended";
 
 impl QemuDriver {
     /// Suspends the machine: told, saved, ended.
@@ -36,19 +39,22 @@ impl QemuDriver {
         }
         let memory = self.saved_memory();
         // First of all: a session that has ended is not begun again for a QEMU that does not answer.
-        let greeted = Greeted::connect(&self.dir, QMP).await.map_err(not_begun)?;
+        let greeted = Greeted::connect(&self.dir, QMP).await.map_err(not_begun);
+        let greeted = self.or_ended(greeted, SUSPENDED).await?;
         let begun = async {
             let mut qmp = greeted.begin().await?;
             qmp.take_memory(memory).await.map(|()| qmp)
         };
-        let (qmp, left) = tokio::join!(begun, self.line.leave(AGENT_ANSWERS));
+        let line = self.line.clone();
+        let both = async { tokio::join!(begun, line.leave(AGENT_ANSWERS)) };
+        let (qmp, left) = self.unless_ended(both, SUSPENDED).await?;
         // A guest whose agent is silent is not one to resume.
         let (mut qmp, left) = match qmp.map_err(not_begun).and_then(|qmp| left.map(|left| (qmp, left))) {
             Ok(both) => both,
             Err(error) => {
                 // It may hear it yet.
                 self.thaw().await;
-                return Err(error);
+                return self.or_ended(Err(error), SUSPENDED).await;
             }
         };
         if let Err(error) = self.save(&mut qmp, memory).await {
@@ -56,11 +62,7 @@ impl QemuDriver {
             drop(left);
             match self.call_off(&mut qmp).await {
                 Ok(()) => self.thaw().await,
-                Err(second) => {
-                    warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
-                    self.kill().await?;
-                    layout::write_ended(&self.dir, "a suspend of it failed and could not be called off", &second);
-                }
+                Err(second) => return Err(self.end_half_saved(error, &second).await?),
             }
             return Err(error);
         }
@@ -121,6 +123,18 @@ impl QemuDriver {
         Ok(Memory::Within)
     }
 
+    /// Ends a guest that was not saved and does not go on, and returns why it was not.
+    async fn end_half_saved(&mut self, why: Error, second: &Error) -> Result<Error> {
+        let ended = self.ended().await;
+        self.kill().await?;
+        if let Some(exit) = ended {
+            return Ok(exit::error(&exit, SUSPENDED));
+        }
+        warn!(id = %self.id, error = %second, "a suspend that failed could not be called off: ending the machine");
+        layout::write_ended(&self.dir, "a suspend of it failed and could not be called off", second);
+        Ok(why)
+    }
+
     /// Lets a guest go on that was to be saved.
     async fn call_off(&self, qmp: &mut Qmp) -> Result<()> {
         // Memory that a guest goes on with fits nothing that was saved.
@@ -136,12 +150,12 @@ impl QemuDriver {
         let line = self.line.clone();
         let told = tokio::spawn(async move { line.thaw(HEARS).await });
         self.thawing = Some(told.abort_handle());
-        let _ = timeout(AGENT_ANSWERS, told).await;
+        let _ = self.unless_ended(timeout(AGENT_ANSWERS, told), SUSPENDED).await;
     }
 }
 
 /// Not as one that is late: nothing was begun, and nothing is to be ended for it.
-fn not_begun(error: Error) -> Error {
+pub(super) fn not_begun(error: Error) -> Error {
     Error::new(ErrorKind::Backend, "QEMU does not answer; nothing was changed")
         .caused_by(error)
         .hint("look whether its process is stopped or stuck; `vmkit stop --force` ends it, and its memory is lost")
