@@ -332,12 +332,21 @@ fn a_fork_that_cannot_be_made_its_own_is_not_handed_out() {
         assert!(vm.properties().birth.unwrap().renewed.contains(&"boot-id".to_owned()));
         discard(&vm).await;
 
-        farm.qemu().build_template(&farm.spec(), &warm(hook("exit 3")), true).await.unwrap();
+        farm.qemu().build_template(&farm.spec(), &warm(hook("echo because >&2; exit 3")), true).await.unwrap();
         let vm = farm.host.create(id("bad"), farm.spec()).await.unwrap();
         vm.clone_source().await.unwrap();
         let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
         assert!(error.message().contains("10-check") && error.message().contains("exit code 3"), "{error:?}");
+        assert!(error.details().unwrap().contains("because"), "{error:?}");
         assert_eq!(vm.state(), State::Stopped);
+        discard(&vm).await;
+        // Whoever put it there counts on it.
+        let hook = "mkdir -p /etc/vmkit/fork.d && echo : > /etc/vmkit/fork.d/20-forgotten";
+        farm.qemu().build_template(&farm.spec(), &warm(hook.into()), true).await.unwrap();
+        let vm = farm.host.create(id("forgotten"), farm.spec()).await.unwrap();
+        vm.clone_source().await.unwrap();
+        let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
+        assert!(error.message().contains("20-forgotten is not executable"), "{error:?}");
         discard(&vm).await;
         // A warm-up that fails is no template, and the one before stays.
         let error =
@@ -366,13 +375,15 @@ fn a_damaged_template_is_an_error_and_another_takes_its_place() {
         vm.start(ConsoleSinks::discard()).await.unwrap();
         assert_eq!(vm.properties().birth.unwrap().how, Origin::Fork);
         // One of which a file is missing is none.
-        fs::remove_file(&state).unwrap();
-        assert!(farm.qemu().template_for(&farm.spec()).unwrap().is_none());
-        let again = farm.running("again").await;
-        assert_eq!(sh(&again, "echo well").await, "well");
-        for vm in [&vm, &again] {
-            discard(vm).await;
+        for file in ["state", "memory", "disk.qcow2"] {
+            fs::remove_file(state.with_file_name(file)).unwrap();
+            assert!(farm.qemu().template_for(&farm.spec()).unwrap().is_none(), "{file}");
+            let again = farm.running("again").await;
+            assert_eq!(again.properties().birth.unwrap().how, Origin::Fork);
+            assert_eq!(sh(&again, "echo well").await, "well");
+            discard(&again).await;
         }
+        discard(&vm).await;
         assert_eq!(farm.left(), [""; 0]);
     });
 }

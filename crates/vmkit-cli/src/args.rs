@@ -58,7 +58,7 @@ pub enum Command {
         /// The machines
         #[arg(required = true, value_name = "NAME", value_parser = id)]
         names: Vec<Id>,
-        /// How long a start may take
+        /// How long each may take, with the template that it may need
         #[arg(long, value_name = "TIME", value_parser = duration)]
         timeout: Option<Duration>,
         /// Give up what was saved when they were suspended, and boot: for a machine that cannot go on
@@ -207,7 +207,7 @@ pub enum TemplateCommand {
     /// Remove templates; what was forked from them stays
     #[command(visible_alias = "remove")]
     Rm {
-        /// The templates
+        /// The templates, by their keys or how only theirs begin
         #[arg(required_unless_present = "all", value_name = "KEY")]
         keys: Vec<String>,
         /// Every template

@@ -210,8 +210,18 @@ pub fn state_dir(args: &Args) -> Result<PathBuf> {
 }
 
 fn unusable(error: Error) -> Error {
-    match error.next_step() {
-        Some(_) => error,
-        None => error.hint("use another directory: --state-dir DIR, or VMKIT_STATE_DIR"),
+    const NEXT: &str = "use another directory: --state-dir DIR, or VMKIT_STATE_DIR";
+    match (error.next_step(), error.kind()) {
+        (Some(_), _) => error,
+        // No machine is meant, which is what a caller would take it for.
+        (None, ErrorKind::NotFound) => {
+            let message = error.message().to_owned();
+            let error = match std::error::Error::source(&error) {
+                Some(why) => Error::new(ErrorKind::InvalidArgument, message).caused_by(why.to_string()),
+                None => Error::new(ErrorKind::InvalidArgument, message),
+            };
+            error.hint(NEXT)
+        }
+        (None, _) => error.hint(NEXT),
     }
 }

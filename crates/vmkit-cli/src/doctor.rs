@@ -99,7 +99,7 @@ fn state(context: &Context, checks: &mut Vec<Check>) {
         Ok(free) if free < LITTLE => Check::missing(
             "state directory",
             "machines: their memory and disks are files",
-            format!("{dir} has {} free", bytes(free)),
+            format!("{dir} has {} free, and should have {}", bytes(free), bytes(LITTLE)),
             "free some space, or use another disk: --state-dir DIR, or VMKIT_STATE_DIR",
         ),
         Ok(free) => Check::found("state directory", "machines and images", format!("{dir}, {} free", bytes(free))),

@@ -75,25 +75,34 @@ pub async fn start(
     }
     let context = Context::open_without_sweep(args, output)?;
     each(args, names, "starting", output, async |instance: &Instance| {
-        context.template(instance.id(), instance.spec()).await;
-        let started = instance.start(ConsoleSinks::discard());
+        let started = async {
+            context.template(instance.id(), instance.spec()).await;
+            instance.start(ConsoleSinks::discard()).await
+        };
         match timeout {
             None => started.await?,
             Some(limit) => match tokio::time::timeout(limit, started).await {
                 Ok(started) => started?,
                 Err(_) => {
                     let _ = tokio::time::timeout(TAKEN_BACK, settled(instance)).await;
-                    let error = Error::new(ErrorKind::TimedOut, format!("it was not up after {limit:?}"));
-                    return Err(error
-                        .on(instance.id().as_str())
-                        .during("Start")
-                        .hint("allow more time with --timeout"));
+                    return Err(too_late(instance, limit));
                 }
             },
         }
         Ok(Outcome::of(instance))
     })
     .await
+}
+
+fn too_late(instance: &Instance, limit: Duration) -> Error {
+    let next = match instance.state() {
+        State::Running | State::Starting => {
+            "what was saved of it was spent by then, so it goes on: `vmkit wait NAME Running`"
+        }
+        _ => "allow more time with --timeout",
+    };
+    let error = Error::new(ErrorKind::TimedOut, format!("it was not up after {limit:?}"));
+    error.on(instance.id().as_str()).during("Start").hint(next)
 }
 
 pub async fn suspend(args: &Args, names: &[Id], output: &Output) -> Result<u8, Failure> {
@@ -198,7 +207,14 @@ async fn each(
         let work = async {
             let _busy = Busy::new(output, doing, name);
             match context.machine(name).await {
-                Ok(instance) => act(&instance).await,
+                Ok(instance) => act(&instance).await.map_err(|error| match (error.kind(), error.state()) {
+                    // It was there a moment ago.
+                    (ErrorKind::IllegalRequest, Some(State::Deleted)) => {
+                        let gone = Error::new(ErrorKind::NotFound, "somebody else has deleted it meanwhile");
+                        gone.on(name.as_str()).hint("`vmkit ls` lists the machines there are")
+                    }
+                    _ => error,
+                }),
                 Err(error) if missing_is_done && error.kind() == ErrorKind::NotFound => {
                     if context.qemu().machine_dir(name).symlink_metadata().is_ok() {
                         output.warn(format!("{name}: what is there was not made by vmkit, and stays"));

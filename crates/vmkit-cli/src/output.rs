@@ -139,10 +139,16 @@ fn at_length(error: &Error) -> String {
     for line in error.details().unwrap_or_default().trim_end().lines() {
         text.push_str(&format!("  {DIM}| {line}{DIM:#}\n"));
     }
-    if let Some(hint) = error.next_step() {
+    if let Some(hint) = next_step(error) {
         text.push_str(&format!("  next: {hint}\n"));
     }
     text
+}
+
+/// To be copied as it stands.
+fn next_step(error: &Error) -> Option<String> {
+    let hint = error.next_step()?;
+    Some(error.instance().map_or_else(|| hint.to_owned(), |name| hint.replace(" NAME", &format!(" {name}"))))
 }
 
 /// Text on standard error, coloured where that is wanted. Nobody can be told that it cannot be written; what was to be done
@@ -199,7 +205,7 @@ fn failure_json(error: &Error) -> serde_json::Value {
         "operation": error.operation(),
         "state": error.state(),
         "causes": causes,
-        "hint": error.next_step(),
+        "hint": next_step(error),
         "details": error.details(),
         "retryable": error.is_retryable(),
     } })

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use vmkit::{Result, Source, Spec};
+use vmkit::{Error, ErrorKind, Result, Source, Spec};
 
 use crate::args::{Args, TemplateArgs, TemplateCommand};
 use crate::context::{Busy, Context};
@@ -60,9 +60,10 @@ async fn make(context: &Context, build: &TemplateArgs) -> Result<u8, Failure> {
 
 /// Each gets its turn; the first failure counts.
 async fn rm(context: &Context, keys: &[String], all: bool) -> Result<u8, Failure> {
+    let known: Vec<String> = context.qemu().templates()?.into_iter().map(|template| template.key).collect();
     let keys = match all {
-        true => context.qemu().templates()?.into_iter().map(|template| template.key).collect(),
-        false => keys.to_vec(),
+        true => known,
+        false => keys.iter().map(|key| whole(key, &known)).collect::<Result<_>>()?,
     };
     let mut removed = Vec::new();
     let mut first: Option<Failure> = None;
@@ -86,6 +87,20 @@ async fn rm(context: &Context, keys: &[String], all: bool) -> Result<u8, Failure
     first.map_or(Ok(0), Err)
 }
 
+/// The key that begins so, where only one does; what begins no key stays as it is.
+fn whole(key: &str, known: &[String]) -> Result<String> {
+    // Nothing, as from a variable that is not set, begins them all.
+    let mut begin_so = known.iter().filter(|known| !key.is_empty() && known.starts_with(key));
+    match (begin_so.next(), begin_so.next()) {
+        (Some(first), Some(_)) if first != key => {
+            Err(Error::new(ErrorKind::InvalidArgument, format!("{key:?} begins more than one template's key"))
+                .hint("give more of it: `vmkit template ls`"))
+        }
+        (Some(first), _) => Ok(first.clone()),
+        (None, _) => Ok(key.to_owned()),
+    }
+}
+
 /// Removes the templates of images that are gone.
 pub async fn prune(context: &Context) -> Result<()> {
     let store = context.images()?;
@@ -93,4 +108,22 @@ pub async fn prune(context: &Context) -> Result<()> {
         context.qemu().prune_templates(|digest| store.has(digest)).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_may_be_given_by_its_beginning() {
+        let known = ["ab-1", "ab-2", "c-1", "c-1x"].map(str::to_owned);
+        assert_eq!(whole("c-1x", &known).unwrap(), "c-1x");
+        assert_eq!(whole("c-1", &known).unwrap(), "c-1");
+        assert_eq!(whole("ab-2", &known).unwrap(), "ab-2");
+        assert_eq!(whole("zz", &known).unwrap(), "zz");
+        assert_eq!(whole("", &known[..1]).unwrap(), "");
+        for several in ["a", "ab-", "c"] {
+            assert_eq!(whole(several, &known).unwrap_err().kind(), ErrorKind::InvalidArgument, "{several:?}");
+        }
+    }
 }

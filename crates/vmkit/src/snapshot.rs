@@ -81,7 +81,8 @@ impl Instance {
     /// The same, with names given.
     ///
     /// # Errors
-    /// As [`fork`](Instance::fork); [`ErrorKind::AlreadyExists`] for a name that is taken.
+    /// As [`fork`](Instance::fork); [`ErrorKind::AlreadyExists`] for a name that is taken, [`ErrorKind::InvalidArgument`] for one that
+    /// is given twice.
     ///
     /// # Cancel safety
     /// As [`fork`](Instance::fork).
@@ -92,7 +93,11 @@ impl Instance {
             return Err(failed(error.hint("name the copies")));
         }
         for (at, name) in names.iter().enumerate() {
-            if names[..at].contains(name) || self.is_known(name).await? {
+            if names[..at].contains(name) {
+                let error = Error::new(ErrorKind::InvalidArgument, format!("the name {name} is given twice"));
+                return Err(failed(error.hint("each copy needs a name of its own")));
+            }
+            if self.is_known(name).await? {
                 let error = Error::new(ErrorKind::AlreadyExists, format!("a machine of the name {name} exists"));
                 return Err(error.on(name.as_str()).during("Fork").hint("choose another name"));
             }

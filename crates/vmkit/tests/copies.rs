@@ -99,6 +99,10 @@ async fn names_are_numbers_and_free_ones() {
     let taken = host.create(id("vm-2"), spec()).await.unwrap();
     let copies = vm.fork(2).await.unwrap();
     assert_eq!(copies.iter().map(|copy| copy.id().as_str()).collect::<Vec<_>>(), ["vm-1", "vm-3"]);
+    let twice = vm.fork_as(&["a", "b", "a"].map(id)).await.unwrap_err();
+    assert_eq!((twice.kind(), twice.instance()), (ErrorKind::InvalidArgument, Some("vm")), "{twice:?}");
+    let known = vm.fork_as(&["a", "vm-2"].map(id)).await.unwrap_err();
+    assert_eq!((known.kind(), known.instance()), (ErrorKind::AlreadyExists, Some("vm-2")), "{known:?}");
     drop(taken);
     // A name as long as names may be.
     let long = machine(&host, &"x".repeat(63), State::Running).await;

@@ -134,6 +134,10 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     }
     for hook in if hooks { self::hooks(Path::new(HOOKS)) } else { Vec::new() } {
         let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if fs::metadata(&hook).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 == 0) {
+            // Whoever put it there counts on it.
+            return Err(format!("the guest's hook {name} is not executable: chmod +x it, or move it elsewhere"));
+        }
         execute(&hook.to_string_lossy(), &[], agent).await.map_err(|how| format!("the guest's hook {name} {how}"))?;
         what.push(format!("hook {name}"));
     }
@@ -223,25 +227,22 @@ async fn renew_host_key(kind: &str, key: &Path, agent: &Inner) -> Result<(), Str
         .map_err(|error| failed(error.to_string()))
 }
 
-/// The programs of a directory, in the order of their names.
+/// What is in a directory and is neither hidden nor a directory itself, in the order of the names.
 fn hooks(dir: &Path) -> Vec<PathBuf> {
-    let mut hooks: Vec<PathBuf> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0))
-        .collect();
+    let hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut hooks: Vec<PathBuf> = entries.filter(|path| !hidden(path) && !path.is_dir()).collect();
     hooks.sort();
     hooks
 }
 
-/// Executes a program to its end. The error says how it ended.
+/// Executes a program to its end. The error says how it ended, and the console why.
 async fn execute(program: &str, args: &[&str], agent: &Inner) -> Result<(), String> {
     let _busy = agent.quiet.busy();
     let args = args.iter().map(|&arg| arg.to_owned()).collect();
     let request = ExecRequest { program: program.to_owned(), args, ..ExecRequest::default() };
-    let process = spawn::spawn(&request, &[], agent).map_err(|(_, message)| format!("did not start: {message}"))?;
+    let process =
+        spawn::spawn_unconnected(&request, agent).map_err(|(_, message)| format!("did not start: {message}"))?;
     match tokio::time::timeout(PATIENCE, process.exit).await {
         Ok(Ok(Exit::Code(0))) => Ok(()),
         Ok(Ok(Exit::Code(code))) => Err(format!("ended with exit code {code}")),
@@ -276,8 +277,12 @@ mod tests {
         }
         let kinds: Vec<String> = host_keys(dir.path()).into_iter().map(|(kind, _)| kind).collect();
         assert_eq!(kinds, ["ed25519", "rsa"]);
-        fs::set_permissions(dir.path().join("sshd_config"), fs::Permissions::from_mode(0o755)).unwrap();
-        assert_eq!(hooks(dir.path()), [dir.path().join("sshd_config")]);
+        for name in ["20-one", "10-other", ".hidden"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        fs::create_dir(dir.path().join("15-dir")).unwrap();
+        assert_eq!(hooks(dir.path())[..2], [dir.path().join("10-other"), dir.path().join("20-one")]);
+        assert_eq!(hooks(dir.path()).len(), 7);
         assert!(hooks(Path::new("/no/such/directory")).is_empty());
     }
 }

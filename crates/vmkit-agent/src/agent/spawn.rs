@@ -40,6 +40,29 @@ pub(super) fn spawn(
     bound: &[(String, String)],
     agent: &Inner,
 ) -> Result<Process, (Failure, String)> {
+    spawn_as(request, bound, agent, |plan| {
+        let connected = [request.stdin, request.stdout, request.stderr];
+        let by_spare = agent.spares.take().and_then(|spare| spare.execute(plan, connected));
+        by_spare.unwrap_or_else(|| start(plan, connected))
+    })
+}
+
+/// Starts a program that nobody is connected to, as long as it may live: what it has to say is on the console, among what the agent says.
+pub(super) fn spawn_unconnected(request: &ExecRequest, agent: &Inner) -> Result<Process, (Failure, String)> {
+    spawn_as(request, &[], agent, |plan| {
+        let null = null().map_err(no_streams)?;
+        let errors = io::stderr();
+        let pid = vfork::start(plan, [null.as_raw_fd(), errors.as_raw_fd(), errors.as_raw_fd()])?;
+        Ok(Started { pid, stdin: None, outputs: [None, None] })
+    })
+}
+
+fn spawn_as(
+    request: &ExecRequest,
+    bound: &[(String, String)],
+    agent: &Inner,
+    start: impl FnOnce(&vfork::Plan<'_>) -> Result<Started, (Step, Errno)>,
+) -> Result<Process, (Failure, String)> {
     let user = match &request.user {
         Some(wanted) => Some(users::find(wanted).map_err(|message| (Failure::NoUser, message))?),
         None => None,
@@ -61,10 +84,7 @@ pub(super) fn spawn(
             groups: user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect(),
         }),
     };
-    let connected = [request.stdin, request.stdout, request.stderr];
-    let by_spare = agent.spares.take().and_then(|spare| spare.execute(&plan, connected));
-    let started = by_spare.unwrap_or_else(|| start(&plan, connected));
-    let Started { pid, stdin, outputs } = started.map_err(|(step, errno)| match step {
+    let Started { pid, stdin, outputs } = start(&plan).map_err(|(step, errno)| match step {
         Step::Directory => (Failure::NoDirectory, format!("the guest has no directory {cwd:?}: {errno}")),
         Step::Execute => not_started(&request.program, Path::new(cwd), errno),
         Step::Fork | Step::Streams | Step::User => other(errno.into()),
@@ -85,13 +105,17 @@ fn start(plan: &vfork::Plan<'_>, [stdin, stdout, stderr]: [bool; 3]) -> Result<S
     let stream = |connect: bool, pipe: fn() -> io::Result<(OwnedFd, OwnedFd)>| {
         let ends =
             if connect { pipe().map(|(theirs, ours)| (theirs, Some(ours))) } else { null().map(|it| (it, None)) };
-        ends.map_err(|error| (Step::Streams, Errno::from_io_error(&error).unwrap_or(Errno::INVAL)))
+        ends.map_err(no_streams)
     };
     let (stdin, our_stdin) = stream(stdin, input_pipe)?;
     let (stdout, our_stdout) = stream(stdout, output_pipe)?;
     let (stderr, our_stderr) = stream(stderr, output_pipe)?;
     let pid = vfork::start(plan, [&stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd))?;
     Ok(Started { pid, stdin: our_stdin, outputs: [our_stdout, our_stderr] })
+}
+
+fn no_streams(error: io::Error) -> (Step, Errno) {
+    (Step::Streams, Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
 }
 
 /// The kernel's strings end at their first zero: one in the middle would be another string.

@@ -19,6 +19,9 @@ use super::qcow2::{self, Base};
 use super::qmp::{Memory, Qmp};
 use super::template::Template;
 
+const NOT_RENEWED: &str =
+    "the details are the end of its console, with what a hook said; one that boots needs no renewal: --no-template";
+
 /// Where a start's time went.
 pub(super) struct Laps {
     since: Instant,
@@ -127,7 +130,10 @@ impl QemuDriver {
             // Nobody gets at it before it is somebody of its own.
             line.renewed(wire, since, Some(who)).await
         };
-        let renewed = self.until(from, goes_on).await?;
+        let renewed = self.until(from, goes_on).await.map_err(|error| match error.kind() {
+            ErrorKind::Backend => error.hint(NOT_RENEWED),
+            _ => error,
+        })?;
         laps.lap("identity");
         layout::write_birth(&self.dir, &Birth { renewed, ..laps.birth(Origin::Fork, Some(template)) });
         layout::mark_ready(&self.dir)?;

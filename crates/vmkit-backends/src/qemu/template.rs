@@ -172,7 +172,12 @@ impl Templates {
 
     /// The template of this shape, if there is one.
     pub fn find(&self, shape: &Shape<'_>) -> Result<Option<Template>> {
-        Ok(self.read(shape.key()?.as_str()))
+        Ok(self.fitting(&shape.key()?, shape))
+    }
+
+    /// One whose disk is gone is damaged, if its machines have one.
+    fn fitting(&self, key: &Id, shape: &Shape<'_>) -> Option<Template> {
+        self.read(key.as_str()).filter(|template| shape.image.disk.is_none() || template.disk().is_file())
     }
 
     pub(super) fn read(&self, key: &str) -> Option<Template> {
@@ -196,12 +201,12 @@ impl Templates {
     ) -> BoxFuture<'a, Result<Template>> {
         async move {
             let key = shape.key()?;
-            if let Some(template) = self.read(key.as_str()).filter(|_| !again) {
+            if let Some(template) = self.fitting(&key, &shape).filter(|_| !again) {
                 return Ok(template);
             }
             let lock = Lock::take(&self.dir.join(".locks").join(key.as_str()), Action::Clone).await?.lock;
             // Whoever held the lock may have made it.
-            let made = match self.read(key.as_str()).filter(|_| !again) {
+            let made = match self.fitting(&key, &shape).filter(|_| !again) {
                 Some(template) => Ok(template),
                 None => self.make(&key, &shape, program, warm).await,
             };
@@ -480,13 +485,22 @@ async fn warm_up(vm: &vmkit::Instance, warm: &[String]) -> Result<()> {
     // its own ways.
     let _ = vm.command("sh").args(["-c", "true; /bin/true"]).output().await;
     let Some((program, words)) = warm.split_first() else { return Ok(()) };
-    let output = vm.command(program).args(words.iter().cloned()).output().await?;
+    let what = format!("the template's warm-up `{}`", warm.join(" "));
+    let output = vm.command(program).args(words.iter().cloned()).output().await;
+    let output = match output {
+        // Its name says nothing to anybody.
+        Err(error) if error.kind() == ErrorKind::NotRunning => {
+            let error = Error::new(ErrorKind::Backend, format!("{what} ended its guest"));
+            return Err(error.hint("a warm-up leaves the guest running: it is what forks go on from"));
+        }
+        other => other?,
+    };
     if output.status.success() {
         return Ok(());
     }
     let said =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).into_owned();
-    Err(Error::new(ErrorKind::Backend, format!("the template's warm-up {program:?} ended with {}", output.status))
+    Err(Error::new(ErrorKind::Backend, format!("{what} ended with {}", output.status))
         .hint("execute it in a machine of the same image: `vmkit run`")
         .with_details(said))
 }
