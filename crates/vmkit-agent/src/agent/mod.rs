@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::abortable;
+use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -95,6 +96,7 @@ impl Agent {
             prepares: Notify::new(),
         });
         tokio::spawn(chores::Chores::keep_doing(inner.clone()));
+        tokio::spawn(shutdown::when_asked(inner.clone()));
         Ok(Agent(inner))
     }
 
@@ -509,14 +511,8 @@ impl Session {
                 answer(&mut stream, &Reply::Done).await;
             }
             Request::Shutdown => {
-                renew::settle(&self.agent.0);
-                self.agent.0.spares.stop();
                 answer(&mut stream, &Reply::Done).await;
-                let busy = self.agent.0.quiet.busy();
-                tokio::spawn(async move {
-                    let _busy = busy;
-                    shutdown::shutdown().await;
-                });
+                shutdown::begin(&self.agent.0, RebootCommand::PowerOff);
             }
             Request::Ping(_) | Request::Clock(_) | Request::Freeze(_) | Request::Bind(_) => {}
         }

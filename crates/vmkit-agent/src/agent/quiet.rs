@@ -26,7 +26,7 @@ use rustix::io::Errno;
 use tokio::task::{unconstrained, yield_now};
 use tokio::time::sleep_until;
 
-use super::Inner;
+use super::{Inner, shutdown};
 
 /// A child has ended.
 const CHILD: u64 = 0;
@@ -140,7 +140,7 @@ impl Quiet {
     /// Whether nothing but this line needs anything.
     fn is_idle(&self, line: u64) -> bool {
         let waits = self.waits.load(Ordering::Relaxed);
-        self.busy.load(Ordering::Relaxed) == 0 && (waits == NONE || waits == line)
+        self.busy.load(Ordering::Relaxed) == 0 && (waits == NONE || waits == line) && !shutdown::is_asked()
     }
 
     /// A pause that needs no timer of the runtime while the thread is kept.
@@ -170,7 +170,7 @@ impl Quiet {
         });
         let mut list = Vec::with_capacity(1);
         match epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut list), timeout.as_ref()) {
-            // A handler's: the one signal that the agent handles is a child's.
+            // A handler's: of a child, or of somebody who wants the machine to end.
             Err(Errno::INTR) => return Event::Child,
             Err(_) => return Event::Other,
             Ok(_) => {}

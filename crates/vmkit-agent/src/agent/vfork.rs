@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use rustix::io::Errno;
 use rustix::process::{Gid, Pid, Uid};
 
+use super::shutdown;
+
 /// More than the child's few frames need.
 const STACK: usize = 64 * 1024;
 
@@ -185,7 +187,7 @@ pub(super) fn get_ready(streams: [RawFd; 3]) -> Result<(), (Step, Errno)> {
     // SAFETY: a number of our own.
     done(unsafe { libc::setpgid(0, 0) }, Step::Streams)?;
     // Executing resets handlers, but not what is ignored; and a handler must not run before.
-    for signal in [libc::SIGPIPE, libc::SIGCHLD] {
+    for signal in [libc::SIGPIPE, libc::SIGCHLD].into_iter().chain(shutdown::SIGNALS) {
         // SAFETY: the default is no function of ours.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
