@@ -56,13 +56,13 @@ pub const OURS: &[Figure] = &[
         "acquire_running",
         Some("process_warm"),
         Some(Target::Ratio(1.3)),
-        "from a running, warm pool, to a process's answer",
+        "from a running, warm pool that is full again, to a process's answer",
     ),
     figure(
         "acquire_running_rested",
         Some("process_rested"),
         None,
-        "acquire_running by a warm bare machine that has rested too",
+        "the same after a rest of 250 ms, by a bare machine after one",
     ),
     figure(
         "acquire_suspended",
@@ -141,7 +141,6 @@ pub fn ours(name: &str) -> Option<&'static Figure> {
 /// The figure of ours that a row shows: itself, unless it holds another one against something else of the floor's.
 pub fn shown(name: &'static str) -> &'static str {
     match name {
-        "acquire_running_rested" => "acquire_running",
         "burst_median_bare" | "burst_median_turns" => "burst_median",
         "burst_p99_bare" | "burst_p99_turns" => "burst_p99",
         itself => itself,

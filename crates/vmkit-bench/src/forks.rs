@@ -7,7 +7,7 @@ use vmkit::pool::{Pool, Staging};
 use vmkit::{ConsoleSinks, Error as VmkitError, Id};
 
 use crate::error::Result;
-use crate::ours::{CLEANUP, FILLS, Ours, PROCESS, REPEATS, WARM, remove, run, say};
+use crate::ours::{CLEANUP, FILLS, Ours, PROCESS, REPEATS, WARM, fill, remove, run, say};
 use crate::samples::{Samples, ms, rank};
 
 /// Throw-away machines in a round, how many at a time, and how many the pool keeps ready for them.
@@ -84,7 +84,7 @@ impl Ours {
         let pool = pool.staging(Staging::Running).build()?;
         let work = async {
             pool.start().await?;
-            full(&pool, size).await;
+            fill(&pool, size, FILLS).await;
             let clock = Instant::now();
             let worker = async || {
                 for _ in 0..count / workers {
@@ -96,7 +96,7 @@ impl Ours {
             };
             try_join_all((0..workers).map(|_| worker())).await?;
             // The last ones are replaced too: what was taken out is there again.
-            full(&pool, size).await;
+            fill(&pool, size, FILLS).await;
             samples.add("churn_per_s", count as f64 / clock.elapsed().as_secs_f64());
             Ok(())
         };
@@ -119,7 +119,7 @@ impl Ours {
         let pool = pool.build()?;
         let work = async {
             pool.start().await?;
-            full(&pool, BURST).await;
+            fill(&pool, BURST, FILLS).await;
             let clock = Instant::now();
             let one = async || {
                 let lease = pool.acquire().await?;
@@ -142,12 +142,5 @@ impl Ours {
         let measured = run(&self.runtime, &self.stop, work);
         self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
         measured
-    }
-}
-
-/// Returns when that many machines are ready.
-async fn full(pool: &Pool, size: usize) {
-    while pool.status().await.counts.ready.sum() < size {
-        tokio::time::sleep(FILLS).await;
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::{Builder, Runtime};
-use vmkit::pool::{Pool, Staging};
+use vmkit::pool::{Pool, PoolBuilder, Staging};
 use vmkit::{BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, Instance, Source, Spec, cleanup};
 use vmkit_backends::qemu::{Accelerator, Qemu, QemuConfig};
 
@@ -23,6 +23,10 @@ pub(crate) const WARM: usize = 5;
 pub(crate) const PROCESS: (&[&str], &str) = (&["/bin/busybox", "uname"], "Linux");
 /// How often it is looked whether a pool is full.
 pub(crate) const FILLS: Duration = Duration::from_millis(20);
+/// How often, when what is measured begins as soon as it is.
+const AT_ONCE: Duration = Duration::from_millis(1);
+/// The machines of a pool whose machines run.
+const RUNNING: usize = 2;
 /// How long removing a machine may take.
 pub(crate) const CLEANUP: Duration = Duration::from_secs(60);
 
@@ -51,8 +55,10 @@ impl Ours {
     /// What [`suspend`](Ours::suspend) measures.
     pub const SUSPEND: &[&str] = &["suspend", "suspend_fsync", "resume", "resume_process", "delete"];
 
-    /// What [`pool`](Ours::pool) measures.
-    pub const POOL: &[&str] = &["acquire_running", "acquire_suspended", "acquire_stopped"];
+    /// What [`running`](Ours::running) measures.
+    pub const RUNNING: &[&str] = &["acquire_running", "acquire_running_rested"];
+    /// What [`off`](Ours::off) measures.
+    pub const OFF: &[&str] = &["acquire_suspended", "acquire_stopped"];
 
     /// Machines in `dir`, made from `image`, and forks of templates in `templates`.
     ///
@@ -213,49 +219,73 @@ impl Ours {
         Ok(())
     }
 
-    /// Acquires from a full pool of this staging; every machine is deleted at the end. All are held until then, so that no
-    /// measurement has a replacement beside it. `before` is called before each.
+    /// Acquires from a running, warm pool, each time as soon as it is full again, and each time when all has rested for `rest` too.
+    /// `beside` is called after each answer.
     ///
     /// # Errors
-    /// As [`boot`](Ours::boot), and those of `before`.
-    pub fn pool(
-        &mut self,
-        staging: Staging,
-        samples: &mut Samples,
-        mut before: impl FnMut() -> Result<()>,
-    ) -> Result<()> {
-        let (name, size) = match staging {
-            Staging::Running => ("acquire_running", 2 * REPEATS),
-            Staging::Suspended => ("acquire_suspended", REPEATS),
-            Staging::Stopped => ("acquire_stopped", 1),
-        };
-        let pool = Pool::builder(self.forks.clone(), self.spec.clone()).name(name).size(size).staging(staging);
+    /// As [`boot`](Ours::boot), and those of `beside`.
+    pub fn running(&self, samples: &mut Samples, rest: Duration, mut beside: impl FnMut() -> Result<()>) -> Result<()> {
+        let pool = self.pool_of("running", RUNNING).staging(Staging::Running);
         // As warm as the floor's.
-        let pool = pool.ready_command(PROCESS.0.iter().copied()).ready_runs(WARM).create_concurrency(1).build()?;
-        let fill = async {
-            pool.start().await?;
-            while pool.status().await.counts.ready.sum() < size {
-                tokio::time::sleep(FILLS).await;
+        let pool = pool.ready_command(PROCESS.0.iter().copied()).ready_runs(WARM).build()?;
+        let mut measured = run(&self.runtime, &self.stop, pool.start());
+        for (name, rest) in [("acquire_running", None), ("acquire_running_rested", Some(rest))].repeat(2 * REPEATS) {
+            if measured.is_err() {
+                break;
             }
-            Ok(())
-        };
-        let mut measured = run(&self.runtime, &self.stop, fill);
-        let mut held = Vec::new();
-        while measured.is_ok() && held.len() < size {
             let acquire = async {
+                // A rest of its own is not measured where none is to be.
+                fill(&pool, RUNNING, AT_ONCE).await;
+                if let Some(rest) = rest {
+                    tokio::time::sleep(rest).await;
+                }
                 let clock = Instant::now();
                 let lease = pool.acquire().await?;
                 say(&lease, PROCESS.0, PROCESS.1).await?;
                 Ok((lease, ms(clock.elapsed())))
             };
-            measured = before().and_then(|()| run(&self.runtime, &self.stop, acquire)).map(|(lease, took)| {
+            measured = run(&self.runtime, &self.stop, acquire).and_then(|(lease, took)| {
                 samples.add(name, took);
-                held.push(lease);
+                beside()?;
+                Ok(self.runtime.block_on(lease.delete())?)
             });
         }
+        self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
+        measured
+    }
+
+    /// Acquires from a full pool of machines that do not run; every machine is deleted at the end. All are held until then, so that no
+    /// measurement has a replacement beside it.
+    ///
+    /// # Errors
+    /// As [`boot`](Ours::boot).
+    pub fn off(&self, staging: Staging, samples: &mut Samples) -> Result<()> {
+        let (name, size) = match staging {
+            Staging::Suspended => ("acquire_suspended", REPEATS),
+            _ => ("acquire_stopped", 1),
+        };
+        let pool = self.pool_of(name, size).staging(staging).build()?;
+        let mut held = Vec::new();
+        let measure = async {
+            pool.start().await?;
+            fill(&pool, size, FILLS).await;
+            while held.len() < size {
+                let clock = Instant::now();
+                let lease = pool.acquire().await?;
+                say(&lease, PROCESS.0, PROCESS.1).await?;
+                samples.add(name, ms(clock.elapsed()));
+                held.push(lease);
+            }
+            Ok(())
+        };
+        let measured = run(&self.runtime, &self.stop, measure);
         self.runtime.block_on(async { drop(held) });
         self.runtime.block_on(pool.close(CLEANUP)).into_result()?;
         measured
+    }
+
+    fn pool_of(&self, name: &str, size: usize) -> PoolBuilder {
+        Pool::builder(self.forks.clone(), self.spec.clone()).name(name).size(size).create_concurrency(1)
     }
 
     /// Removes the machine that is parked, if there is one.
@@ -309,6 +339,13 @@ pub(crate) async fn remove(host: &Host<Qemu>, id: &Id) -> vmkit::Result<()> {
         Ok(vm) => cleanup(&vm, Duration::ZERO, CLEANUP).await,
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+/// Returns when so many machines are ready.
+pub(crate) async fn fill(pool: &Pool, size: usize, looks: Duration) {
+    while pool.status().await.counts.ready.sum() < size {
+        tokio::time::sleep(looks).await;
     }
 }
 

@@ -118,7 +118,9 @@ impl Session {
         // Looked up here, so that no measurement includes finding out whether KVM works.
         let (program, kvm) = ours.qemu(plan.accelerator)?;
         let accelerator = if kvm { "kvm" } else { "tcg" };
-        if [Ours::FORK, Ours::CHURN, Ours::BURST, Ours::POOL, Commands::RUN].iter().any(|names| plan.wanted.ours(names))
+        if [Ours::FORK, Ours::CHURN, Ours::BURST, Ours::RUNNING, Ours::OFF, Commands::RUN]
+            .iter()
+            .any(|names| plan.wanted.ours(names))
         {
             ours.template()?;
         }
@@ -174,8 +176,12 @@ impl Session {
         if wanted.ours(Ours::SUSPEND) {
             ours.suspend(&mut report.ours)?;
         }
-        if wanted.ours(Ours::POOL) {
-            pools(floor, ours, report)?;
+        if wanted.ours(Ours::RUNNING) {
+            running(floor, ours, report)?;
+        }
+        if wanted.ours(Ours::OFF) {
+            ours.off(Staging::Suspended, &mut report.ours)?;
+            ours.off(Staging::Stopped, &mut report.ours)?;
         }
         if wanted.floor(Floor::FORK) {
             floor.fork(&mut report.floor)?;
@@ -217,24 +223,18 @@ fn warm(floor: &mut Floor, ours: Option<&mut Ours>, report: &mut Report) -> Resu
     ours.map_or(Ok(()), |(vm, ours)| ours.park(vm))
 }
 
-/// Acquires from pools. Before each from one that runs, the floor's machine answers beside it, on the same host with the same
-/// machines idling.
-fn pools(floor: &mut Floor, ours: &mut Ours, report: &mut Report) -> Result<()> {
+/// Acquires from a pool that runs. After each, the floor's machine answers beside it, on the same host with the same machines idling.
+fn running(floor: &mut Floor, ours: &Ours, report: &mut Report) -> Result<()> {
     let mut bare = floor.warm(&mut report.floor)?;
     let samples = &mut report.floor;
     for _ in 0..RESTED {
         thread::sleep(RESTS);
         samples.add("process_rested", bare.process()?);
     }
-    ours.pool(Staging::Running, &mut report.ours, || {
+    ours.running(&mut report.ours, RESTS, || {
         for _ in 0..BESIDE {
             samples.add("process_beside", bare.process()?);
         }
         Ok(())
-    })?;
-    drop(bare);
-    for staging in [Staging::Suspended, Staging::Stopped] {
-        ours.pool(staging, &mut report.ours, || Ok(()))?;
-    }
-    Ok(())
+    })
 }

@@ -175,8 +175,8 @@ async fn a_dead_machine_is_never_handed_out() {
     let pool = builder.size(2).build().unwrap();
     pool.start().await.unwrap();
     let status = full(&pool, 2).await;
-    let dead = status.vms[0].id.clone();
-    // Its agent is dead, and nothing else tells.
+    // Its agent is dead, and nothing else tells; it is the one whose turn it is.
+    let dead = status.vms[1].id.clone();
     world.fault(Some(&dead), Verb::Ping, Fault::Hang);
     let lease = pool.acquire().await.unwrap();
     assert_ne!(*lease.id(), dead);
@@ -195,6 +195,25 @@ async fn a_dead_machine_is_never_handed_out() {
     world.fault(Some(&silent), Verb::Ping, Fault::Err);
     tokio::time::sleep(secs(31)).await;
     assert!(full(&pool, 2).await.vms.iter().all(|vm| vm.id != silent));
+    close(&pool, &world).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_newest_is_handed_over_and_the_oldest_goes() {
+    let (world, builder) = pool();
+    let pool = builder.size(4).create_concurrency(1).build().unwrap();
+    pool.start().await.unwrap();
+    let mut by_age = full(&pool, 4).await.vms.clone();
+    by_age.sort_by_key(|vm| std::cmp::Reverse(vm.age));
+    let id = |at: usize| by_age[at].id.clone();
+    // What somebody holds counts, and the rest is too much.
+    let lease = pool.acquire().await.unwrap();
+    assert_eq!(*lease.id(), id(3));
+    pool.resize(3).await.unwrap();
+    let status = until(&pool, "shrunk", |status| status.counts.all() == 3).await;
+    assert_eq!(ids(&status, VmPhase::Ready(Tier::Running)), [id(1), id(2)]);
+    assert_eq!(*pool.acquire().await.unwrap().id(), id(2));
+    drop(lease);
     close(&pool, &world).await;
 }
 

@@ -119,7 +119,7 @@ impl Supervisor {
     }
 
     fn promote(&mut self, tier: Tier, now: Instant) {
-        let Some(no) = self.slots.first_ready(tier) else { return };
+        let Some(no) = self.slots.newest_ready(tier) else { return };
         let Some(instance) = self.instance(no) else { return };
         let (cancel, cancelled) = cancel();
         self.slots.enter(no, Phase::Promoting { _cancel: cancel }, now);
@@ -132,7 +132,7 @@ impl Supervisor {
     }
 
     fn demote(&mut self, tier: Tier, now: Instant) {
-        let Some(no) = self.slots.last_ready(Tier::Running) else { return };
+        let Some(no) = self.slots.oldest_ready(Tier::Running) else { return };
         let Some(instance) = self.instance(no) else { return };
         let (cancel, cancelled) = cancel();
         self.slots.enter(no, Phase::Demoting { tier, _cancel: cancel }, now);
@@ -141,7 +141,7 @@ impl Supervisor {
     }
 
     fn trim(&mut self, tier: Tier, now: Instant) {
-        if let Some(no) = self.slots.last_ready(tier) {
+        if let Some(no) = self.slots.oldest_ready(tier) {
             self.totals.recycled += 1;
             self.delete(no, false, now);
         }

@@ -30,7 +30,7 @@ impl Supervisor {
         }
         // Ready, and nobody before it: no place in the queue is needed. It has its turn all the same, should what it is given
         // turn out dead.
-        if self.queue.len() == 0 && self.slots.first_ready(Tier::Running).is_some() {
+        if self.queue.len() == 0 && self.slots.newest_ready(Tier::Running).is_some() {
             waiter.who.turn = Some(self.queue.pass(self.weight(&waiter.who.key)));
             match self.grant(waiter, now) {
                 None => return,
@@ -74,7 +74,7 @@ impl Supervisor {
             return None;
         }
         loop {
-            let Some(no) = self.slots.first_ready(Tier::Running) else { return Some(waiter) };
+            let Some(no) = self.slots.newest_ready(Tier::Running) else { return Some(waiter) };
             let Some(instance) = self.instance(no) else { return Some(waiter) };
             if instance.state() != State::Running {
                 // It has died this instant; what says so is on its way.

@@ -78,7 +78,7 @@ pub(super) struct Slots {
     timers: BTreeSet<(Instant, SlotNo)>,
     counts: Counts,
     last: SlotNo,
-    last_ready: u64,
+    last_number: u64,
 }
 
 impl Slots {
@@ -159,20 +159,21 @@ impl Slots {
         self.alarm(no, None);
     }
 
-    /// A number for a machine that becomes ready: the smallest is handed over first.
+    /// A number for a machine that becomes ready: the largest is handed over first.
     pub(super) fn ready_number(&mut self) -> u64 {
-        self.last_ready += 1;
-        self.last_ready
+        self.last_number += 1;
+        self.last_number
     }
 
-    /// The machine that has been ready longest.
-    pub(super) fn first_ready(&self, tier: Tier) -> Option<SlotNo> {
-        self.ready[tier as usize].first_key_value().map(|(_, no)| *no)
-    }
-
-    /// The machine that became ready last: what goes when there are too many.
-    pub(super) fn last_ready(&self, tier: Tier) -> Option<SlotNo> {
+    /// The machine that became ready last, and is handed over next: it has rested least, so more of it is in the processors' caches
+    /// than of any other.
+    pub(super) fn newest_ready(&self, tier: Tier) -> Option<SlotNo> {
         self.ready[tier as usize].last_key_value().map(|(_, no)| *no)
+    }
+
+    /// The machine that has been ready longest: what goes when there are too many.
+    pub(super) fn oldest_ready(&self, tier: Tier) -> Option<SlotNo> {
+        self.ready[tier as usize].first_key_value().map(|(_, no)| *no)
     }
 
     pub(super) fn first_expired(&self, tier: Tier) -> Option<SlotNo> {
