@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use vmkit_agent::agent::{Agent, Line, Port, init, ports};
+use vmkit_agent::agent::{Agent, Line, Port, init, ports, ports_to_come};
 
 const HELP: &str = "\
 The guest agent of vmkit: executes commands for the host.
@@ -129,6 +129,7 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
     let mut served: Vec<PathBuf> = Vec::new();
     let mut waited = Duration::ZERO;
     let mut looks = Some(agent.hold());
+    let to_come = ports_to_come();
     loop {
         for node in ports() {
             if !served.contains(&node) {
@@ -146,7 +147,8 @@ async fn virtio(agent: Agent) -> std::io::Result<()> {
             let message = "no virtio port named org.vmkit.agent.* has appeared";
             return Err(std::io::Error::new(std::io::ErrorKind::NotFound, message));
         }
-        if !served.is_empty() && waited > LATE {
+        let complete = to_come.is_some_and(|all| served.len() >= all);
+        if !served.is_empty() && (complete || waited > LATE) {
             drop(looks.take());
             std::future::pending::<()>().await;
         }

@@ -318,7 +318,7 @@ fn a_machine_that_ended_in_a_suspend_says_why_until_it_is_started() {
     });
     assert!(ended, "no suspend was caught while it wrote");
     assert_eq!(state.machines(), [("web".into(), "Stopped".into())]);
-    let why = "a suspend of it failed and could not be called off";
+    let why = "while the machine was being suspended";
     assert!(state.ok(&["inspect", "web"]).contains(why));
     let listed = state.vmkit(&["ls"]);
     assert!(text(&listed.stderr).contains(why), "{}", text(&listed.stderr));

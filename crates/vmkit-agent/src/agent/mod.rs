@@ -18,6 +18,7 @@ mod users;
 mod vfork;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
@@ -40,7 +41,7 @@ use crate::protocol::{self, Answer, ExecRequest, Failure, Prepare, Renew, Reply,
 use exec::Command;
 
 pub use init::{Init, give_up, init};
-pub use port::{NAME as PORT_NAME, Port, ports};
+pub use port::{NAME as PORT_NAME, Port, ports, ports_to_come};
 
 /// Commands at once in one session.
 const MAX_EXECS: usize = 256;
@@ -60,6 +61,8 @@ struct Inner {
     running: exec::Running,
     /// What every command's environment has beside the agent's own.
     env: Mutex<Vec<(String, String)>>,
+    /// The kernel's pool of random numbers, to be written to: opening and closing a file is much to do for a guest that goes on.
+    pool: Option<File>,
     /// What was made ready for those who go on from what is saved.
     prepared: Mutex<Option<renew::Prepared>>,
     /// Told once it was: what was being waited for is not to be what others begin with.
@@ -92,6 +95,7 @@ impl Agent {
             running: exec::Running::default(),
             env: Mutex::default(),
             left: Mutex::default(),
+            pool: renew::pool().ok(),
             prepared: Mutex::default(),
             prepares: Notify::new(),
         });

@@ -21,6 +21,15 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 /// The names of the ports that hosts talk to begin so; several, so that several host processes can at once.
 pub const NAME: &str = "org.vmkit.agent.";
 
+/// How many ports of ours there will be, where the host says so: `vmkit.ports=` on the kernel's command line.
+pub fn ports_to_come() -> Option<usize> {
+    fs::read_to_string("/proc/cmdline").ok().and_then(|cmdline| count(&cmdline))
+}
+
+fn count(cmdline: &str) -> Option<usize> {
+    cmdline.split_ascii_whitespace().filter_map(|word| word.strip_prefix("vmkit.ports=")?.parse().ok()).next_back()
+}
+
 /// The device nodes of our ports that are there now.
 pub fn ports() -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir("/sys/class/virtio-ports") else { return Vec::new() };
@@ -139,5 +148,18 @@ impl AsyncWrite for Port {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_may_say_how_many_ports_there_are() {
+        assert_eq!(count("quiet vmkit.ports=2 vmkit.ports=8 vmkit.hostname=a\n"), Some(8));
+        for none in ["", "quiet", "vmkit.ports=", "vmkit.ports=all", "xvmkit.ports=3"] {
+            assert_eq!(count(none), None, "{none}");
+        }
     }
 }

@@ -241,13 +241,17 @@ fn keep<F: Future>(
             return Err(false);
         }
         let until = [super::lock(&quiet.until).take(), agent.chores.next()].into_iter().flatten().min();
-        match quiet.wait(line, until) {
+        let event = quiet.wait(line, until);
+        let idle = matches!(event, Event::Nothing);
+        match event {
             Event::Own | Event::Nothing => {}
             Event::Child => agent.reaper.reap(),
             // The first may be of something that was done before.
             Event::Other => return Err(!first),
         }
         first = false;
-        agent.chores.run(agent);
+        if idle {
+            agent.chores.run(agent);
+        }
     }
 }

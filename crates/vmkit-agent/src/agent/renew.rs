@@ -28,8 +28,6 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// What was made ready while there was time: a guest that goes on does everything for the first time, and looking for what is not
 /// there is much to do.
 pub(super) struct Prepared {
-    /// The kernel's pool of random numbers, to be written to.
-    pool: File,
     /// The machine id, if the system has one; an error where only the file itself can be written.
     id: io::Result<Option<MachineId>>,
     /// What programs see as the kernel's name of this boot; absent where nothing can be put over the kernel's own.
@@ -42,7 +40,6 @@ pub(super) struct Prepared {
 
 /// Gets ready for being saved as what others go on from. With `rests` it will not go on itself.
 pub(super) fn prepare(agent: &Inner, rests: bool) {
-    let Ok(pool) = pool() else { return };
     let mut prepared = lock(&agent.prepared);
     let (id, boot_id) = match prepared.take() {
         // It has been somebody of its own since.
@@ -56,7 +53,7 @@ pub(super) fn prepare(agent: &Inner, rests: bool) {
     // unless somebody did, each kernel will have one of its own.
     let boot_id = boot_id.or_else(|| if rests { cover_boot_id(&uuid([0; 16])).ok() } else { None });
     let (keys, hooks) = (!host_keys(Path::new(SSH)).is_empty(), !hooks(Path::new(HOOKS)).is_empty());
-    *prepared = Some(Prepared { pool, id, boot_id, keys, hooks });
+    *prepared = Some(Prepared { id, boot_id, keys, hooks });
 }
 
 /// Writes down for good what was only noted.
@@ -72,8 +69,8 @@ pub(super) fn settle(agent: &Inner) {
 pub(super) async fn apply(renew: &Renew, agent: &Inner) -> Result<Renewed, String> {
     agent.running.goes_on();
     // First of all: what is drawn from here on is this guest's own.
-    let reseeded = match &*lock(&agent.prepared) {
-        Some(prepared) => reseed(&prepared.pool, &renew.seed),
+    let reseeded = match &agent.pool {
+        Some(pool) => reseed(pool, &renew.seed),
         None => pool().and_then(|pool| reseed(&pool, &renew.seed)),
     };
     reseeded.map_err(|error| format!("the guest could not renew its random numbers: {error}"))?;
@@ -144,7 +141,7 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     Ok(())
 }
 
-fn pool() -> io::Result<File> {
+pub(super) fn pool() -> io::Result<File> {
     File::options().write(true).open("/dev/urandom")
 }
 

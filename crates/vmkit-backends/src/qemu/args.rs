@@ -119,7 +119,10 @@ fn cmdline(id: &Id, image: &BootImage, accelerator: &str) -> String {
     let Arch { console, cmdline, translated, .. } = &ARCH;
     // With KVM the guest's kernel decides.
     let translated = if accelerator == "tcg" { *translated } else { "" };
-    format!("console={console} {ours} {panic} {translated} {cmdline} {} vmkit.hostname={id}", image.cmdline)
+    format!(
+        "console={console} {ours} {panic} {translated} {cmdline} {} vmkit.ports={LINES} vmkit.hostname={id}",
+        image.cmdline
+    )
 }
 
 fn path(path: &Path) -> OsString {
@@ -174,9 +177,13 @@ mod tests {
         let loaded = BootImage { loader: Some("/l".into()), ..image.clone() };
         for begin in [Begin::Boot, Begin::Resume, Begin::Fork(Path::new("/m"))] {
             let text = line_of(&loaded, begin, "tcg").join(" ");
-            for part in
-                ["-kernel /l -initrd /i -append", "vmkit.hostname=web", "pvpanic", "panic=exit-failure", " panic=0 "]
-            {
+            for part in [
+                "-kernel /l -initrd /i -append",
+                "vmkit.ports=8 vmkit.hostname=web",
+                "pvpanic",
+                "panic=exit-failure",
+                " panic=0 ",
+            ] {
                 assert!(text.contains(part), "{part} is missing in {text}");
             }
             assert!(!text.contains("-no-reboot") && text.contains("-incoming") == (begin != Begin::Boot), "{text}");

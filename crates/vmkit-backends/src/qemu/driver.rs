@@ -395,6 +395,7 @@ impl Driver for QemuDriver {
     }
 
     async fn resume(&mut self, console: ConsoleSinks, spent: &Spent) -> Result<()> {
+        let mut laps = Laps::new();
         let facts = self.facts().await?;
         let accelerator = self.saved_accelerator(&facts)?;
         if let Some((_, Memory::Apart)) = layout::saved(&self.dir) {
@@ -412,12 +413,15 @@ impl Driver for QemuDriver {
         self.clear_way().await?;
         self.spawn(Begin::Resume, &accelerator, &facts.program)?;
         self.follow(from, console);
+        laps.lap("process");
         let (dir, line) = (self.dir.clone(), self.line.clone());
         let load = async {
             let mut qmp = Qmp::when_up(&dir).await?;
             // Connected when it was saved, connected when it is loaded: the guest is spared the news of both.
             let wire = line.wire().await?;
+            laps.lap("control");
             qmp.load(Path::new(state), memory).await?;
+            laps.lap("load");
             Ok((qmp, wire))
         };
         let (mut qmp, wire) = self.until(from, load).await.map_err(|error| match error.kind() {
@@ -439,12 +443,20 @@ impl Driver for QemuDriver {
             line.renewed(wire, since, None).await
         };
         self.until(from, goes_on).await.map_err(|error| error.hint(SPENT))?;
+        laps.lap("renewal");
         layout::mark_ready(&self.dir)?;
         layout::remove(&self.file(STATE_SPENT))
     }
 
     async fn suspend(&mut self) -> Result<()> {
-        self.save_and_end().await
+        let saved = self.save_and_end().await;
+        if let Err(error) = &saved
+            && error.kind() == ErrorKind::Exited
+        {
+            // For whoever looks later, too.
+            layout::write_ended(&self.dir, "a suspend of it failed", error);
+        }
+        saved
     }
 
     async fn snapshot(&mut self) -> Result<Snapshot> {

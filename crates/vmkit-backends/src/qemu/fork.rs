@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Instant, SystemTime};
 
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
+use tracing::debug;
 use vmkit::{Birth, ConsoleSinks, Error, ErrorKind, Origin, Phase, Result};
 use vmkit_agent::client::Fork;
 
@@ -36,6 +37,7 @@ impl Laps {
     pub(super) fn lap(&mut self, name: &str) {
         let ms = self.since.elapsed().as_secs_f64() * 1000.0;
         self.since = Instant::now();
+        debug!(phase = name, ms, "where the time of a start goes");
         self.phases.push(phase(name, ms));
     }
 
