@@ -204,6 +204,14 @@ fn a_guest_reboots_and_goes_off_in_good_order() {
             }
             assert_eq!(sh(&vm, "cat /told /etc/machine-id").await, format!("told\n{machine_id}"), "{how}");
         }
+        // Whoever switches it off while it is about to reboot counts on that: what does not end when it is told to takes its time.
+        let stays = vm.command("sh").args(["-c", "trap '' TERM; while :; do sleep 0.1; done"]).detached(true);
+        drop(stays.spawn().await.unwrap());
+        assert!(vm.command("reboot").output().await.unwrap().status.success());
+        let report = vm.stop(PATIENCE).await;
+        report.stop.unwrap();
+        assert!(!report.forced);
+        assert_eq!(vm.state(), State::Stopped);
         discard(&vm).await;
         assert_eq!(farm.left(), [""; 0]);
     });

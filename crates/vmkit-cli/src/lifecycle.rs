@@ -75,6 +75,7 @@ pub async fn start(
     }
     let context = Context::open_without_sweep(args, output)?;
     each(args, names, "starting", output, async |instance: &Instance| {
+        let saved = instance.state() == State::Suspended;
         let started = async {
             context.template(instance.id(), instance.spec()).await;
             instance.start(ConsoleSinks::discard()).await
@@ -84,8 +85,13 @@ pub async fn start(
             Some(limit) => match tokio::time::timeout(limit, started).await {
                 Ok(started) => started?,
                 Err(_) => {
-                    let _ = tokio::time::timeout(TAKEN_BACK, settled(instance)).await;
-                    return Err(too_late(instance, limit));
+                    let taken_back = async {
+                        settled(instance).await;
+                        // A template that was being made for it.
+                        let _ = context.qemu().sweep_templates().await;
+                    };
+                    let _ = tokio::time::timeout(TAKEN_BACK, taken_back).await;
+                    return Err(too_late(instance, saved, limit));
                 }
             },
         }
@@ -94,9 +100,9 @@ pub async fn start(
     .await
 }
 
-fn too_late(instance: &Instance, limit: Duration) -> Error {
+fn too_late(instance: &Instance, saved: bool, limit: Duration) -> Error {
     let next = match instance.state() {
-        State::Running | State::Starting => {
+        State::Running | State::Starting if saved => {
             "what was saved of it was spent by then, so it goes on: `vmkit wait NAME Running`"
         }
         _ => "allow more time with --timeout",

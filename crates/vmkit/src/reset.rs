@@ -45,7 +45,7 @@ async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> R
     instance.start(console).await?;
     let proven = prove_new(&old, instance);
     if proven.is_err() {
-        if instance.properties().pid.is_none() {
+        if instance.properties().pid.is_none() && instance.state() != State::Running {
             return Err(taken(instance, ErrorKind::NotRunning, "somebody else has stopped or deleted it meanwhile"));
         }
         // Whoever asked for a new one must not go on with this one.

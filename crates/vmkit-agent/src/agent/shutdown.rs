@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount_remount};
@@ -22,11 +22,15 @@ const ANSWERS: Duration = Duration::from_millis(20);
 /// Which signal asked for it; 0 while nobody has.
 static ASKED: AtomicI32 = AtomicI32::new(0);
 
+/// Whether anybody has asked for it to be off.
+static OFF: AtomicBool = AtomicBool::new(false);
+
 /// What BusyBox's `halt`, `poweroff` and `reboot` send to process 1. A machine that is halted is of no use to anybody: it goes off.
 pub(super) const SIGNALS: [c_int; 3] = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM];
 
 /// Notes that a signal has asked for it. For a signal's handler.
 pub(super) fn ask(signal: c_int) {
+    OFF.fetch_or(signal != libc::SIGTERM, Ordering::Relaxed);
     ASKED.store(signal, Ordering::Relaxed);
 }
 
@@ -47,6 +51,7 @@ pub(super) async fn when_asked(agent: Arc<Inner>) {
 
 /// Begins it. What is to be said first is to be said within milliseconds.
 pub(super) fn begin(agent: &Inner, how: RebootCommand) {
+    OFF.fetch_or(matches!(how, RebootCommand::PowerOff), Ordering::Relaxed);
     renew::settle(agent);
     agent.spares.stop();
     let busy = agent.quiet.busy();
@@ -102,6 +107,8 @@ pub(super) fn off() {
 }
 
 fn end(how: RebootCommand) {
+    // Somebody may have asked for the one while the other was under way: a host that is to switch it off counts on it.
+    let how = if OFF.load(Ordering::Relaxed) { RebootCommand::PowerOff } else { how };
     rustix::fs::sync();
     let _ = mount_remount("/", MountFlags::RDONLY, "");
     if let Err(error) = reboot(how) {

@@ -453,6 +453,8 @@ impl Driver for QemuDriver {
         if let Err(error) = &saved
             && error.kind() == ErrorKind::Exited
         {
+            self.line.forget();
+            self.end_process().await?;
             // For whoever looks later, too.
             layout::write_ended(&self.dir, "a suspend of it failed", error);
         }

@@ -23,6 +23,9 @@ use super::template::Template;
 const NOT_RENEWED: &str =
     "the details are the end of its console, with what a hook said; one that boots needs no renewal: --no-template";
 
+const NO_COPY: &str =
+    "the details are the end of its console, with what a hook said: mend that in the original, and fork it again";
+
 /// Where a start's time went.
 pub(super) struct Laps {
     since: Instant,
@@ -133,6 +136,7 @@ impl QemuDriver {
             line.renewed(wire, since, Some(who)).await
         };
         let renewed = self.until(from, goes_on).await.map_err(|error| match error.kind() {
+            ErrorKind::Backend if template.info.copy_of.is_some() => error.hint(NO_COPY),
             ErrorKind::Backend => error.hint(NOT_RENEWED),
             _ => error,
         })?;
