@@ -91,6 +91,11 @@ impl Context {
         }
     }
 
+    /// Removes what there is of a template whose making was given up. What cannot be removed now, the next command removes.
+    pub async fn half_made(&self) {
+        let _ = self.qemu().sweep_templates().await;
+    }
+
     /// Does what blocks, with its progress shown; Ctrl-C cancels it.
     pub async fn blocking<T: Send + 'static>(
         &self,
@@ -215,12 +220,8 @@ fn unusable(error: Error) -> Error {
         (Some(_), _) => error,
         // No machine is meant, which is what a caller would take it for.
         (None, ErrorKind::NotFound) => {
-            let message = error.message().to_owned();
-            let error = match std::error::Error::source(&error) {
-                Some(why) => Error::new(ErrorKind::InvalidArgument, message).caused_by(why.to_string()),
-                None => Error::new(ErrorKind::InvalidArgument, message),
-            };
-            error.hint(NEXT)
+            let why = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            Error::new(ErrorKind::InvalidArgument, error.message()).caused_by(why).hint(NEXT)
         }
         (None, _) => error.hint(NEXT),
     }

@@ -87,8 +87,7 @@ pub async fn start(
                 Err(_) => {
                     let taken_back = async {
                         settled(instance).await;
-                        // A template that was being made for it.
-                        let _ = context.qemu().sweep_templates().await;
+                        context.half_made().await;
                     };
                     let _ = tokio::time::timeout(TAKEN_BACK, taken_back).await;
                     return Err(too_late(instance, saved, limit));
@@ -281,6 +280,7 @@ async fn settle(context: &Context, id: &Id) {
     if let Some(instance) = context.host.get(id) {
         settled(&instance).await;
     }
+    context.half_made().await;
 }
 
 async fn settled(instance: &Instance) {

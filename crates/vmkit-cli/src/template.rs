@@ -49,8 +49,10 @@ async fn make(context: &Context, build: &TemplateArgs) -> Result<u8, Failure> {
     let busy = Busy::new(&context.output, "making a template", &build.image);
     let made = tokio::select! {
         made = context.qemu().build_template(&spec, &warm, true) => made,
-        // What is half made is removed by whoever makes it next.
-        signal = signals::asked_to_end() => return Ok(signals::exit_code(signal)),
+        signal = signals::asked_to_end() => {
+            context.half_made().await;
+            return Ok(signals::exit_code(signal));
+        }
     };
     drop(busy);
     let info = made?;

@@ -156,6 +156,27 @@ fn whoever_makes_a_template_may_die() {
     }
 }
 
+#[test]
+fn a_template_that_is_given_up_is_not_left_running() {
+    let Some(state) = own_templates() else { return };
+    state.ok(&["clone", "web"]);
+    for args in [&["template", "build"][..], &["start", "web"]] {
+        let mut maker = state.command(args).spawn().unwrap();
+        common::eventually(|| maker.try_wait().unwrap().is_some() || !makers(&state).is_empty());
+        common::signalled(maker.id(), "-INT");
+        assert_eq!(maker.wait().unwrap().code(), Some(130), "{args:?}");
+        assert_eq!(makers(&state), [0; 0], "{args:?}");
+    }
+    // It begins soon, and takes longer than that where nothing is as fast as a boot.
+    state.fails(5, &["--accel", "tcg", "start", "--timeout", "500ms", "web"]);
+    assert_eq!(templates(&state).len(), 0);
+    // It may have taken long to end: then the next command does it.
+    assert_eq!(state.machines(), [("web".to_owned(), "Stopped".to_owned())]);
+    assert_eq!(makers(&state), [0; 0]);
+    state.ok(&["cleanup", "--all"]);
+    state.is_clean();
+}
+
 /// Every QEMU that is to become a template.
 fn makers(state: &State) -> Vec<u32> {
     let home = fs::canonicalize(state.path()).unwrap().join("images/templates");

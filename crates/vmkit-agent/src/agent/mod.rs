@@ -26,7 +26,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::abortable;
-use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -516,7 +515,7 @@ impl Session {
             }
             Request::Shutdown => {
                 answer(&mut stream, &Reply::Done).await;
-                shutdown::begin(&self.agent.0, RebootCommand::PowerOff);
+                shutdown::switch_off(&self.agent.0);
             }
             Request::Ping(_) | Request::Clock(_) | Request::Freeze(_) | Request::Bind(_) => {}
         }

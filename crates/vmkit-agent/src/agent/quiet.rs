@@ -241,17 +241,13 @@ fn keep<F: Future>(
             return Err(false);
         }
         let until = [super::lock(&quiet.until).take(), agent.chores.next()].into_iter().flatten().min();
-        let event = quiet.wait(line, until);
-        let idle = matches!(event, Event::Nothing);
-        match event {
-            Event::Own | Event::Nothing => {}
+        match quiet.wait(line, until) {
+            Event::Own => {}
+            Event::Nothing => agent.chores.run(agent),
             Event::Child => agent.reaper.reap(),
             // The first may be of something that was done before.
             Event::Other => return Err(!first),
         }
         first = false;
-        if idle {
-            agent.chores.run(agent);
-        }
     }
 }

@@ -1,7 +1,8 @@
 //! Reaps every child: commands, and the orphans that fall to process 1.
 //!
-//! A signal says that one has ended, and others that the machine is to (`shutdown.rs`). Its handler adds to a counter that the runtime waits for, and does no more: the runtime's own
-//! way of receiving signals sends itself a message, which costs a guest under emulation several times as much.
+//! A signal says that one has ended, and others that the machine is to (`shutdown.rs`). Their handler adds to a counter that the
+//! runtime waits for, and does no more: the runtime's own way of receiving signals sends itself a message, which costs a guest under
+//! emulation several times as much.
 
 use std::collections::HashMap;
 use std::ffi::c_int;
@@ -45,7 +46,7 @@ impl Reaper {
             loop {
                 own.reap();
                 if shutdown::is_asked() {
-                    own.asked.notify_one();
+                    own.tell_asked();
                 }
                 // An error means that the runtime ends.
                 let Ok(mut ready) = counter.readable().await else { return };
@@ -64,7 +65,12 @@ impl Reaper {
         exit
     }
 
-    /// Returns when a signal has asked for the machine's end. For one caller.
+    /// Tells that process 1 is to end the machine.
+    pub(super) fn tell_asked(&self) {
+        self.asked.notify_one();
+    }
+
+    /// Returns when process 1 is to end the machine. For one caller.
     pub(super) async fn asked(&self) {
         self.asked.notified().await;
     }

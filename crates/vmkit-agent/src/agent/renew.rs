@@ -131,10 +131,6 @@ async fn become_another(fork: &Fork, agent: &Inner, what: &mut Vec<String>) -> R
     }
     for hook in if hooks { self::hooks(Path::new(HOOKS)) } else { Vec::new() } {
         let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if fs::metadata(&hook).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 == 0) {
-            // Whoever put it there counts on it.
-            return Err(format!("the guest's hook {name} is not executable: chmod +x it, or move it elsewhere"));
-        }
         execute(&hook.to_string_lossy(), &[], agent).await.map_err(|how| format!("the guest's hook {name} {how}"))?;
         what.push(format!("hook {name}"));
     }
@@ -224,7 +220,8 @@ async fn renew_host_key(kind: &str, key: &Path, agent: &Inner) -> Result<(), Str
         .map_err(|error| failed(error.to_string()))
 }
 
-/// What is in a directory and is neither hidden nor a directory itself, in the order of the names.
+/// What is in a directory and is neither hidden nor a directory itself, in the order of the names. Also what cannot be executed: whoever
+/// put it there counts on it.
 fn hooks(dir: &Path) -> Vec<PathBuf> {
     let hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
     let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());

@@ -1,8 +1,9 @@
-//! Shutting the machine down, or starting it again: because the host says so, or somebody in the guest, who tells process 1 by a signal.
+//! Shutting the machine down, or starting it again: because the host says so, or somebody in the guest, who tells process 1 by a
+//! signal.
 
 use std::ffi::c_int;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount_remount};
@@ -19,51 +20,47 @@ const DIES: Duration = Duration::from_secs(2);
 /// So that the answer to the request leaves first, and how the command ended that asked for it.
 const ANSWERS: Duration = Duration::from_millis(20);
 
-/// Which signal asked for it; 0 while nobody has.
-static ASKED: AtomicI32 = AtomicI32::new(0);
-
-/// Whether anybody has asked for it to be off.
-static OFF: AtomicBool = AtomicBool::new(false);
-
 /// What BusyBox's `halt`, `poweroff` and `reboot` send to process 1. A machine that is halted is of no use to anybody: it goes off.
 pub(super) const SIGNALS: [c_int; 3] = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM];
 
-/// Notes that a signal has asked for it. For a signal's handler.
+/// What was asked for. Being off counts for more than starting again, whichever was first: a host that asks for it counts on it.
+static ASKED: AtomicU8 = AtomicU8::new(NOTHING);
+const NOTHING: u8 = 0;
+const RESTART: u8 = 1;
+const OFF: u8 = 2;
+
+/// Notes what a signal asks for. For a signal's handler.
 pub(super) fn ask(signal: c_int) {
-    OFF.fetch_or(signal != libc::SIGTERM, Ordering::Relaxed);
-    ASKED.store(signal, Ordering::Relaxed);
+    ASKED.fetch_max(if signal == libc::SIGTERM { RESTART } else { OFF }, Ordering::Relaxed);
 }
 
-/// Whether a signal has asked for it. From then on the agent is never idle.
+/// Whether process 1 is to end the machine. From then on the agent is never idle.
 pub(super) fn is_asked() -> bool {
-    ASKED.load(Ordering::Relaxed) != 0
+    ASKED.load(Ordering::Relaxed) != NOTHING
 }
 
-/// Does what a signal asks for.
+/// Does what process 1 is asked for.
 pub(super) async fn when_asked(agent: Arc<Inner>) {
     agent.reaper.asked().await;
-    let how = match ASKED.load(Ordering::Relaxed) {
-        libc::SIGTERM => RebootCommand::Restart,
-        _ => RebootCommand::PowerOff,
-    };
-    begin(&agent, how);
+    renew::settle(&agent);
+    agent.spares.stop();
+    sleep(ANSWERS).await;
+    end_all().await;
+    match ASKED.load(Ordering::Relaxed) {
+        RESTART => end(RebootCommand::Restart),
+        _ => end(RebootCommand::PowerOff),
+    }
 }
 
-/// Begins it. What is to be said first is to be said within milliseconds.
-pub(super) fn begin(agent: &Inner, how: RebootCommand) {
-    OFF.fetch_or(matches!(how, RebootCommand::PowerOff), Ordering::Relaxed);
-    renew::settle(agent);
-    agent.spares.stop();
-    let busy = agent.quiet.busy();
-    tokio::spawn(async move {
-        let _busy = busy;
-        sleep(ANSWERS).await;
-        if std::process::id() == 1 {
-            as_first(how).await;
-        } else {
-            ask_first();
-        }
-    });
+/// The host wants it off: what is to be said to it first is to be said within milliseconds.
+pub(super) fn switch_off(agent: &Inner) {
+    if std::process::id() == 1 {
+        ask(libc::SIGUSR2);
+        agent.reaper.tell_asked();
+    } else {
+        renew::settle(agent);
+        ask_first();
+    }
 }
 
 /// Asks whoever is process 1 to switch the machine off.
@@ -80,8 +77,8 @@ fn ask_first() {
     eprintln!("vmkit-agent: asked to shut down, and there is no program here that does");
 }
 
-/// As process 1: ends every process, in good order first, and then the system.
-async fn as_first(how: RebootCommand) {
+/// As process 1: ends every other process, in good order first.
+async fn end_all() {
     // To process 1 itself this number means everybody else.
     let everybody = Pid::INIT;
     for (signal, patience) in [(Signal::TERM, TERMINATES), (Signal::KILL, DIES)] {
@@ -98,17 +95,15 @@ async fn as_first(how: RebootCommand) {
             break;
         }
     }
-    end(how);
 }
 
-/// Writes everything out and switches the machine off, now.
+/// Switches the machine off, now.
 pub(super) fn off() {
     end(RebootCommand::PowerOff);
 }
 
+/// Writes everything out first.
 fn end(how: RebootCommand) {
-    // Somebody may have asked for the one while the other was under way: a host that is to switch it off counts on it.
-    let how = if OFF.load(Ordering::Relaxed) { RebootCommand::PowerOff } else { how };
     rustix::fs::sync();
     let _ = mount_remount("/", MountFlags::RDONLY, "");
     if let Err(error) = reboot(how) {

@@ -47,7 +47,7 @@ pub(super) fn spawn(
     })
 }
 
-/// Starts a program that nobody is connected to, as long as it may live: what it has to say is on the console, among what the agent says.
+/// Starts a program that nobody is connected to: what it has to say is on the console, among what the agent says.
 pub(super) fn spawn_unconnected(request: &ExecRequest, agent: &Inner) -> Result<Process, (Failure, String)> {
     spawn_as(request, &[], agent, |plan| {
         let null = null().map_err(no_streams)?;

@@ -53,15 +53,15 @@ impl QemuDriver {
             Ok(both) => both,
             Err(error) => {
                 // It may hear it yet.
-                self.thaw().await;
-                return self.or_ended(Err(error), SUSPENDED).await;
+                self.thaw().await?;
+                return Err(error);
             }
         };
         if let Err(error) = self.save(&mut qmp, memory).await {
             // Its line is needed.
             drop(left);
             match self.call_off(&mut qmp).await {
-                Ok(()) => self.thaw().await,
+                Ok(()) => self.thaw().await?,
                 Err(second) => return Err(self.end_half_saved(error, &second).await?),
             }
             return Err(error);
@@ -146,11 +146,11 @@ impl QemuDriver {
     }
 
     /// Tells a guest that it is not suspended after all. It runs: one that is too busy to hear that now hears it later.
-    async fn thaw(&mut self) {
+    async fn thaw(&mut self) -> Result<()> {
         let line = self.line.clone();
         let told = tokio::spawn(async move { line.thaw(HEARS).await });
         self.thawing = Some(told.abort_handle());
-        let _ = self.unless_ended(timeout(AGENT_ANSWERS, told), SUSPENDED).await;
+        self.unless_ended(timeout(AGENT_ANSWERS, told), SUSPENDED).await.map(drop)
     }
 }
 

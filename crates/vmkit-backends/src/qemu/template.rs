@@ -485,7 +485,8 @@ async fn warm_up(vm: &vmkit::Instance, warm: &[String]) -> Result<()> {
     // its own ways.
     let _ = vm.command("sh").args(["-c", "true; /bin/true"]).output().await;
     let Some((program, words)) = warm.split_first() else { return Ok(()) };
-    let what = format!("the template's warm-up `{}`", warm.join(" "));
+    // Arguments are in no error.
+    let what = format!("the template's warm-up {program:?}");
     let output = vm.command(program).args(words.iter().cloned()).output().await;
     let output = match output {
         // Its name says nothing to anybody.

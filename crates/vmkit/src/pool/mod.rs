@@ -12,8 +12,8 @@
 //! none is held across a backend call. What to do next follows from the counts ([`plan`]). A machine that was used is never
 //! handed out again: it is deleted, and a new one made, under its name where that is wanted ([`Reuse`]).
 //!
-//! Callers are served in the order in which they came, but for their weights; the machine that became ready last is handed over first: it has rested
-//! least, and answers fastest. When there are too many, the one that has been ready longest goes.
+//! Callers are served in the order in which they came, but for their weights; the machine that became ready last is handed over
+//! first: it has rested least, and answers fastest. When there are too many, the one that has been ready longest goes.
 //!
 //! # What belongs to a pool
 //!
