@@ -70,7 +70,20 @@ pub const OURS: &[Figure] = &[
         Some(Target::Ratio(1.5)),
         "from a suspended pool, to a process's answer",
     ),
+    figure(
+        "acquire_suspended_prespawned",
+        Some("resume_answer"),
+        None,
+        "the same, with a process that waits for each machine",
+    ),
     figure("acquire_stopped", Some("fork_process"), None, "from a stopped pool, to a process's answer"),
+    figure(
+        "acquire_stopped_prespawned",
+        Some("fork_process"),
+        None,
+        "the same, with a process that waits for each machine",
+    ),
+    figure("waiting_mib", Some("paused_unique_mib"), None, "MiB that a process that waits has for itself"),
     figure(
         "churn_per_s",
         Some("forks_per_s"),

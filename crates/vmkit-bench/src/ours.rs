@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::{Builder, Runtime};
 use vmkit::pool::{Pool, PoolBuilder, Staging};
-use vmkit::{BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, Instance, Source, Spec, cleanup};
+use vmkit::{
+    BootImage, ConsoleSinks, Error as VmkitError, ErrorKind, Host, Id, Instance, Source, Spec, State, cleanup,
+};
 use vmkit_backends::qemu::{Accelerator, Qemu, QemuConfig};
 
 use crate::error::{Error, Result};
@@ -58,7 +60,13 @@ impl Ours {
     /// What [`running`](Ours::running) measures.
     pub const RUNNING: &[&str] = &["acquire_running", "acquire_running_rested"];
     /// What [`off`](Ours::off) measures.
-    pub const OFF: &[&str] = &["acquire_suspended", "acquire_stopped"];
+    pub const OFF: &[&str] = &[
+        "acquire_suspended",
+        "acquire_suspended_prespawned",
+        "acquire_stopped",
+        "acquire_stopped_prespawned",
+        "waiting_mib",
+    ];
 
     /// Machines in `dir`, made from `image`, and forks of templates in `templates`.
     ///
@@ -259,16 +267,25 @@ impl Ours {
     ///
     /// # Errors
     /// As [`boot`](Ours::boot).
-    pub fn off(&self, staging: Staging, samples: &mut Samples) -> Result<()> {
-        let (name, size) = match staging {
-            Staging::Suspended => ("acquire_suspended", REPEATS),
-            _ => ("acquire_stopped", 1),
+    pub fn off(&self, staging: Staging, prespawn: bool, samples: &mut Samples) -> Result<()> {
+        let (name, size) = match (staging, prespawn) {
+            (Staging::Suspended, false) => ("acquire_suspended", REPEATS),
+            (Staging::Suspended, true) => ("acquire_suspended_prespawned", REPEATS),
+            (_, false) => ("acquire_stopped", 1),
+            (_, true) => ("acquire_stopped_prespawned", 1),
         };
-        let pool = self.pool_of(name, size).staging(staging).build()?;
+        let pool = self.pool_of("off", size).staging(staging).prespawn(prespawn).build()?;
         let mut held = Vec::new();
         let measure = async {
             pool.start().await?;
             fill(&pool, size, FILLS).await;
+            if prespawn {
+                let found = self.forks.list().await?;
+                let waiting = found.iter().filter(|found| !matches!(found.state, State::Running));
+                for own in waiting.filter_map(|found| found.properties.memory_used) {
+                    samples.add("waiting_mib", own as f64 / f64::from(1 << 20));
+                }
+            }
             while held.len() < size {
                 let clock = Instant::now();
                 let lease = pool.acquire().await?;

@@ -33,6 +33,9 @@ const BESIDE: usize = 5;
 const RESTED: usize = 10;
 /// How long it rests. One that was asked a moment ago answers sooner than one that waits in a pool.
 const RESTS: Duration = Duration::from_millis(250);
+/// What pools of machines that do not run are like, and whether processes wait for those.
+const OFF: [(Staging, bool); 4] =
+    [(Staging::Suspended, false), (Staging::Suspended, true), (Staging::Stopped, false), (Staging::Stopped, true)];
 
 /// What is to be done in a run.
 #[derive(Clone)]
@@ -180,8 +183,9 @@ impl Session {
             running(floor, ours, report)?;
         }
         if wanted.ours(Ours::OFF) {
-            ours.off(Staging::Suspended, &mut report.ours)?;
-            ours.off(Staging::Stopped, &mut report.ours)?;
+            for (staging, prespawn) in OFF {
+                ours.off(staging, prespawn, &mut report.ours)?;
+            }
         }
         if wanted.floor(Floor::FORK) {
             floor.fork(&mut report.floor)?;

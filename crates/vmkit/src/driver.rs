@@ -70,6 +70,11 @@ pub trait Driver: Send + 'static {
     /// no saved execution.
     fn suspend(&mut self) -> impl Future<Output = Result<()>> + Send;
 
+    /// Starts the hypervisor's process of a machine that is off, ahead of time: it waits for the state that the next `boot` or
+    /// `resume` goes on from, and executes nothing before. The machine is found as it was. `kill` and `destroy` end that process;
+    /// a start for which it does not fit, or which finds it gone, does without.
+    fn prespawn(&mut self) -> impl Future<Output = Result<()>> + Send;
+
     /// Saves what the machine is now, memory, processes and disk, for copies of it to go on from, while it runs on: it stands still
     /// for moments. What failed or was dropped half way is undone by the next `begin`, and the machine runs on.
     fn snapshot(&mut self) -> impl Future<Output = Result<Snapshot>> + Send;

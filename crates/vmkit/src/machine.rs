@@ -44,6 +44,7 @@ pub(crate) enum Request {
     Stop(Duration, oneshot::Sender<StopReport>),
     Suspend(oneshot::Sender<Result<()>>),
     Delete(oneshot::Sender<Result<()>>),
+    Prespawn(oneshot::Sender<Result<()>>),
     Snapshot(oneshot::Sender<Result<Snapshot>>),
 }
 
@@ -167,7 +168,9 @@ impl<D: Driver> Machine<D> {
             Request::Stop(_, reply) if reply.is_closed() => {}
             Request::Suspend(reply) if reply.is_closed() => {}
             Request::Delete(reply) if reply.is_closed() => {}
+            Request::Prespawn(reply) if reply.is_closed() => {}
             Request::Snapshot(reply) if reply.is_closed() => {}
+            Request::Prespawn(reply) => self.prespawn(reply).await,
             Request::Snapshot(reply) => self.snapshot(reply).await,
             Request::Clone(reply) => self.clone_source(reply).await,
             Request::Start(console, reply) => self.start(console, reply).await,
@@ -433,27 +436,77 @@ impl<D: Driver> Machine<D> {
         }
     }
 
-    /// No request of the table: the machine is Running before, meanwhile and afterwards.
-    async fn snapshot(&mut self, mut reply: oneshot::Sender<Result<Snapshot>>) {
-        let forced = || Error::new(ErrorKind::Cancelled, "a forced stop ended it");
-        let failed = |id: &Id, error: Error| Err(error.on(id.as_str()).during("Fork"));
+    /// Takes the machine for what is no request of the table, which leaves its state as it is. `None` when `reply` has heard why not.
+    async fn take<T>(
+        &mut self,
+        action: Action,
+        doing: &'static str,
+        mut reply: oneshot::Sender<Result<T>>,
+    ) -> Option<oneshot::Sender<Result<T>>> {
         let limit = self.timeouts.lock;
-        let begun =
-            work(self.driver.begin(Action::None), limit, "waiting", reply.closed(), Some(&mut self.kills)).await;
-        match begun {
-            Ended::Done(Ok(seen)) => seen.into_iter().for_each(|fact| self.catch_up(fact)),
-            Ended::Killed(kill) => {
-                let _ = reply.send(failed(&self.id, forced()));
-                return self.on_kill(kill).await;
+        let begun = work(self.driver.begin(action), limit, "waiting", reply.closed(), Some(&mut self.kills)).await;
+        let (error, kill) = match begun {
+            Ended::Done(Ok(seen)) => {
+                seen.into_iter().for_each(|fact| self.catch_up(fact));
+                return Some(reply);
             }
-            ended => {
-                let error = match flat(ended).err() {
-                    Some(error) if error.kind() == ErrorKind::TimedOut => busy(limit),
-                    error => error.unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled")),
-                };
-                return drop(reply.send(failed(&self.id, error)));
+            Ended::Killed(kill) => (forced(), Some(kill)),
+            ended => match flat(ended).err() {
+                Some(error) if error.kind() == ErrorKind::TimedOut => (busy(limit), None),
+                error => (error.unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled")), None),
+            },
+        };
+        let _ = reply.send(Err(error.on(self.id.as_str()).during(doing)));
+        if let Some(kill) = kill {
+            self.on_kill(kill).await;
+        }
+        None
+    }
+
+    /// No request of the table: the machine is off before, meanwhile and afterwards.
+    async fn prespawn(&mut self, reply: oneshot::Sender<Result<()>>) {
+        const DOING: &str = "Prespawn";
+        // For others it is being started: what a holder who dies leaves is what one leaves who dies in a start.
+        let Some(mut reply) = self.take(Action::Start, DOING, reply).await else { return };
+        let state = self.state();
+        if !matches!(state, State::Stopped | State::Suspended) {
+            self.driver.end();
+            let error = Error::new(ErrorKind::IllegalRequest, "a process can wait only for a machine that is off")
+                .while_in(state)
+                .hint("stop or suspend it first");
+            return drop(reply.send(Err(error.on(self.id.as_str()).during(DOING))));
+        }
+        let limit = self.timeouts.start;
+        let kills = Some(&mut self.kills);
+        let ended = work(self.driver.prespawn(), limit, "starting its process", reply.closed(), kills).await;
+        let (ended, kill) = split_kill(ended);
+        let mut result = flat(ended);
+        if result.is_err() {
+            // Half a process is none.
+            if let Err(error) = self.force().await {
+                warn!(id = %self.id, %error, "ending a process that was to wait");
             }
         }
+        match self.inspect().await {
+            Some(fact) if found(fact) == state => {}
+            seen => {
+                let now = seen.map_or(State::ErrorUnknown, found);
+                let message = format!("a process was started for it ahead of time, and the machine was found {now}");
+                result = result.and(Err(Error::new(ErrorKind::Inconsistent, message).while_in(now)));
+                self.catch_up(seen.unwrap_or(Fact::Broken));
+            }
+        }
+        self.driver.end();
+        let _ = reply.send(result.map_err(|error| error.on(self.id.as_str()).during(DOING)));
+        if let Some(kill) = kill {
+            self.on_kill(kill).await;
+        }
+    }
+
+    /// No request of the table: the machine is Running before, meanwhile and afterwards.
+    async fn snapshot(&mut self, reply: oneshot::Sender<Result<Snapshot>>) {
+        let failed = |id: &Id, error: Error| Err(error.on(id.as_str()).during("Fork"));
+        let Some(reply) = self.take(Action::None, "Fork", reply).await else { return };
         let state = self.state();
         if state != State::Running {
             self.driver.end();
@@ -573,6 +626,10 @@ impl<D: Driver> Machine<D> {
     fn error(&self, kind: ErrorKind, action: Action, message: impl Into<String>) -> Error {
         Error::new(kind, message).on(self.id.as_str()).during(action.name())
     }
+}
+
+fn forced() -> Error {
+    Error::new(ErrorKind::Cancelled, "a forced stop ended it")
 }
 
 fn busy(limit: Duration) -> Error {

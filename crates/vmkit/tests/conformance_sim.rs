@@ -16,7 +16,7 @@ fn run(name: &str) {
 vmkit::conformance_suite!(crate::run);
 
 /// Which cases a broken backend has to fail. It may fail more.
-const TEETH: [(Broken, &str); 31] = [
+const TEETH: [(Broken, &str); 33] = [
     (Broken::Liar, "a_started_machine_executes"),
     (Broken::Leaker, "deleting_leaves_nothing"),
     (Broken::HangsOnKill, "stopping_at_once_forces"),
@@ -31,6 +31,8 @@ const TEETH: [(Broken, &str); 31] = [
     (Broken::CopiesBoot, "copies_go_on_where_it_was"),
     (Broken::ForkEndsOriginal, "the_original_runs_on"),
     (Broken::SuspendLeavesProcess, "suspending_leaves_no_process"),
+    (Broken::PrespawnRuns, "a_waiting_process_changes_nothing"),
+    (Broken::PrespawnOutlives, "a_waiting_process_ends_with_its_machine"),
     (Broken::StopKeepsMemory, "stopping_loses_the_memory"),
     (Broken::NeverNoticesDeath, "a_death_is_noticed"),
     (Broken::ForgetsExit, "a_crash_is_a_run_error_and_no_stop_error"),

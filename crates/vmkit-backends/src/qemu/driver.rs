@@ -27,7 +27,7 @@ use super::layout::{
 };
 use super::line::{Line, translate};
 use super::lock::Lock;
-use super::probe::{QemuProbe, now};
+use super::probe::{QemuProbe, started_now};
 use super::qcow2::{self, Base};
 use super::qmp::{Memory, Qmp};
 use super::template::{Shape, Template, Templates};
@@ -41,7 +41,7 @@ pub(super) const TAIL: u64 = 2048;
 pub(super) const AGENT_ANSWERS: Duration = Duration::from_secs(10);
 
 /// What is left for a machine that cannot go on.
-const DISCARD: &str = "`vmkit start --discard` boots it from its disk instead; what ran in it is lost";
+pub(super) const DISCARD: &str = "`vmkit start --discard` boots it from its disk instead; what ran in it is lost";
 
 /// What is left for one that had gone on.
 const SPENT: &str =
@@ -171,8 +171,8 @@ impl QemuDriver {
             return Ok(());
         };
         self.process = Some(Process::Ours { child, identity: identity.clone() });
-        let started = u64::try_from(now().as_millis()).unwrap_or(u64::MAX);
-        layout::write_run(&self.dir, &Run { process: identity, accelerator: accelerator.into(), started, ready: false })
+        let (accelerator, started) = (accelerator.to_owned(), started_now());
+        layout::write_run(&self.dir, &Run { process: identity, accelerator, started, ready: false, waits: None })
     }
 
     pub(super) fn follow(&self, from: u64, console: ConsoleSinks) {
@@ -219,7 +219,7 @@ impl QemuDriver {
     }
 
     /// The template that this machine is to be forked from, if it is to be; made when there is none.
-    async fn template(&self, facts: &HostFacts, accelerator: &str) -> Result<Option<Template>> {
+    pub(super) async fn template(&self, facts: &HostFacts, accelerator: &str) -> Result<Option<Template>> {
         if let Some(key) = &self.spec.snapshot {
             return self.qemu().snapshots()?.read(key).map(Some).ok_or_else(|| {
                 Error::new(ErrorKind::NotFound, "what it was to be a copy of is not kept any more")
@@ -238,7 +238,7 @@ impl QemuDriver {
     }
 
     /// The saved execution's accelerator: it fits no other.
-    fn saved_accelerator(&self, facts: &HostFacts) -> Result<String> {
+    pub(super) fn saved_accelerator(&self, facts: &HostFacts) -> Result<String> {
         let Some(run) = layout::read_run(&self.dir) else {
             let error = Error::new(ErrorKind::Corrupt, "the record of the suspended machine's process is damaged");
             return Err(error.hint(DISCARD));
@@ -379,6 +379,8 @@ impl Driver for QemuDriver {
             }
             self.leave_layer()?;
         }
+        // One that waits for a template that is no more.
+        self.end_process().await?;
         self.check_space()?;
         self.clear_way().await?;
         // What its console said last time is not what it says now.
@@ -398,20 +400,8 @@ impl Driver for QemuDriver {
         let mut laps = Laps::new();
         let facts = self.facts().await?;
         let accelerator = self.saved_accelerator(&facts)?;
-        if let Some((_, Memory::Apart)) = layout::saved(&self.dir) {
-            layout::put_in_place(&self.dir)?;
-        }
-        let Some((state, memory)) = layout::saved(&self.dir) else {
-            return Err(Error::new(ErrorKind::Corrupt, "the saved execution has vanished").hint(DISCARD));
-        };
-        if memory == Memory::Within {
-            // It comes from the saved state, into a file of the machine's own: what an attempt that failed left is none.
-            layout::remove(&self.file(MEMORY))?;
-            self.check_space()?;
-        }
-        let from = fs::metadata(self.file(SERIAL)).map_or(0, |meta| meta.len());
-        self.clear_way().await?;
-        self.spawn(Begin::Resume, &accelerator, &facts.program)?;
+        let (_, state, memory) = self.spawn_to_resume(&accelerator, &facts.program).await?;
+        let from = self.said();
         self.follow(from, console);
         laps.lap("process");
         let (dir, line) = (self.dir.clone(), self.line.clone());
@@ -459,6 +449,10 @@ impl Driver for QemuDriver {
             layout::write_ended(&self.dir, "a suspend of it failed", error);
         }
         saved
+    }
+
+    async fn prespawn(&mut self) -> Result<()> {
+        self.begin_waiting().await
     }
 
     async fn snapshot(&mut self) -> Result<Snapshot> {

@@ -11,10 +11,9 @@ use tracing::debug;
 use vmkit::{Birth, ConsoleSinks, Error, ErrorKind, Origin, Phase, Result};
 use vmkit_agent::client::Fork;
 
-use super::args::Begin;
 use super::driver::QemuDriver;
 use super::exit;
-use super::layout::{self, DISK, FRESH, LAYER, MEMORY, SERIAL};
+use super::layout::{self, DISK, FRESH, LAYER};
 use super::probe::now;
 use super::qcow2::{self, Base};
 use super::qmp::{Memory, Qmp};
@@ -76,28 +75,8 @@ impl QemuDriver {
         mut laps: Laps,
         console: ConsoleSinks,
     ) -> Result<()> {
-        self.take_layer(template)?;
-        laps.lap("disk");
-        let memory = template.memory();
-        let begin = match self.spec.own_memory {
-            true => {
-                self.check_space()?;
-                let (from, to) = (memory.clone(), self.file(MEMORY));
-                let copied = tokio::task::spawn_blocking(move || copy_sparse(&from, &to)).await;
-                copied
-                    .map_err(|error| Error::new(ErrorKind::Io, "copying the memory failed").caused_by(error))?
-                    .map_err(|error| Error::io("the template's memory cannot be copied", error))?;
-                laps.lap("memory");
-                Begin::Resume
-            }
-            false => Begin::Fork(&memory),
-        };
-        self.clear_way().await?;
-        layout::remove(&self.file(SERIAL))?;
-        // What its console said is what it remembers.
-        let said = fs::read(template.console()).unwrap_or_default();
-        let from = fs::write(self.file(SERIAL), &said).map_or(0, |()| said.len() as u64);
-        self.spawn(begin, &template.info.accelerator, program)?;
+        self.spawn_to_fork(template, program, &mut laps).await?;
+        let from = self.said();
         self.follow(0, console);
         laps.lap("process");
         let (dir, line, state) = (self.dir.clone(), self.line.clone(), template.state());
@@ -148,7 +127,7 @@ impl QemuDriver {
     }
 
     /// Puts the machine's disk, which was never used, on the template's.
-    fn take_layer(&self, template: &Template) -> Result<()> {
+    pub(super) fn take_layer(&self, template: &Template) -> Result<()> {
         let Some(base) = &self.image()?.disk else { return Ok(()) };
         let (layer, from) = (self.file(LAYER), template.disk());
         link(&from, &layer)?;

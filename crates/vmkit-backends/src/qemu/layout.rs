@@ -12,7 +12,7 @@
 //!   state.apart memory.apart
 //!                      the same of a fork that had no memory of its own: they become `state` and `memory` when it goes on
 //!   state.full         the same, with the memory in it
-//!   run.json           its process: pid, start time, boot; whether its guest was ready
+//!   run.json           its process: pid, start time, boot; whether its guest was ready; what it waits for, started ahead of time
 //!   serial.log qemu.log qmp.sock qmp2.sock agent.N.sock agent.N.lock
 //! DIR/.staging/NAME    being cloned
 //! DIR/.trash/NAME      being deleted
@@ -29,6 +29,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmkit::{Birth, Error, ErrorKind, Fact, Id, Result, Spec};
 
+use super::prespawn::Goal;
 use super::qmp::Memory;
 use crate::process::{Identity, working_in};
 
@@ -135,6 +136,9 @@ pub(crate) struct Run {
     pub started: u64,
     /// Whether its guest's agent has answered.
     pub ready: bool,
+    /// What it waits for: then the machine is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits: Option<Goal>,
 }
 
 pub(crate) fn make_dir(path: &Path) -> Result<()> {
@@ -196,9 +200,14 @@ pub(crate) fn mark_ready(dir: &Path) -> Result<()> {
     }
 }
 
-/// The process that runs this machine. The record alone proves nothing: it may be a copy of another machine's.
+/// The process of this machine: it runs it, or waits to. The record alone proves nothing: it may be a copy of another machine's.
 pub(crate) fn live_run(dir: &Path) -> Option<Run> {
     read_run(dir).filter(|run| run.process.is_alive() && run.process.works_in(dir))
+}
+
+/// The same of a machine that is on: a process that waits executes nothing.
+pub(crate) fn running(dir: &Path) -> Option<Run> {
+    live_run(dir).filter(|run| run.waits.is_none())
 }
 
 /// The process that was last started, whether it runs or not.
@@ -245,7 +254,7 @@ pub(crate) fn look(dir: &Path) -> Fact {
     if read_record(dir).is_err() || !dir.join(DISK).is_file() {
         return Fact::Broken;
     }
-    match (live_run(dir), saved(dir)) {
+    match (running(dir), saved(dir)) {
         (None, _) if !strays(dir).is_empty() => Fact::Broken,
         (Some(run), None) if run.ready => Fact::Running,
         (Some(_), _) => Fact::Broken,
@@ -306,7 +315,7 @@ pub(crate) fn problem(dir: &Path) -> Option<String> {
         return Some("its disk is missing".into());
     }
     let saved = saved(dir);
-    match live_run(dir) {
+    match running(dir) {
         None if !strays(dir).is_empty() => Some("its process runs, and the record of it is missing or damaged".into()),
         Some(run) if !run.ready => Some("its process runs, and its guest never answered".into()),
         Some(_) if saved.is_some() => Some("its process runs beside a saved execution".into()),
@@ -386,7 +395,7 @@ mod tests {
     }
 
     fn run(process: Identity, ready: bool) -> Run {
-        Run { process, accelerator: "tcg".into(), started: 0, ready }
+        Run { process, accelerator: "tcg".into(), started: 0, ready, waits: None }
     }
 
     #[test]

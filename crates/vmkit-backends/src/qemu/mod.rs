@@ -27,6 +27,7 @@ mod image;
 mod layout;
 mod line;
 mod lock;
+mod prespawn;
 mod probe;
 mod qcow2;
 mod qmp;
@@ -248,7 +249,11 @@ impl Qemu {
         if let Some(left) = taken.left {
             recover::recover(&self.layout, id, left).await?;
         }
-        let saved = layout::saved(&dir).is_some() && layout::live_run(&dir).is_none();
+        let saved = layout::saved(&dir).is_some() && layout::running(&dir).is_none();
+        if saved {
+            // One may wait for it.
+            recover::kill_all(&dir).await?;
+        }
         let discarded = match saved {
             true => layout::SAVED.iter().chain([&layout::MEMORY]).try_for_each(|file| layout::remove(&dir.join(file))),
             false => Ok(()),

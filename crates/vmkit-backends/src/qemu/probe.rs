@@ -27,7 +27,8 @@ pub(crate) fn properties(dir: &Path) -> Properties {
         pid: alive.as_ref().map(|run| run.process.pid),
         memory_used: used.and_then(|used| used.private),
         cpu_time: used.map(|used| used.cpu),
-        uptime: alive.as_ref().map(uptime),
+        // One that waits has not begun.
+        uptime: alive.as_ref().filter(|run| run.waits.is_none()).map(uptime),
         disk_used: layout::occupied(dir),
         birth: layout::read_birth(dir),
         ..Properties::default()
@@ -36,6 +37,11 @@ pub(crate) fn properties(dir: &Path) -> Properties {
 
 fn uptime(run: &Run) -> Duration {
     now().saturating_sub(Duration::from_millis(run.started))
+}
+
+/// Now, as a record has it.
+pub(crate) fn started_now() -> u64 {
+    u64::try_from(now().as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Since 1970.

@@ -57,6 +57,9 @@ pub struct PoolArgs {
     /// How they are kept ready
     #[arg(long, default_value = "running", value_name = "STAGING", value_parser = staging())]
     pub staging: Staging,
+    /// Keep the processes of suspended or stopped machines started ahead of time, waiting for what they go on from
+    #[arg(long)]
+    pub prespawn: bool,
     /// How many requests each pattern has
     #[arg(long, default_value_t = 24, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub requests: u32,
@@ -119,6 +122,7 @@ impl PoolArgs {
             name: self.name.to_string(),
             size: Some(self.size as usize),
             staging: self.staging,
+            prespawn: self.prespawn,
             acquire_timeout: self.timeout,
             max_waiting: self.requests as usize,
             ..PoolConfig::default()

@@ -154,7 +154,8 @@ fn title(bench: &PoolArgs) -> String {
         Backend::Sim => "simulated hardware",
     };
     let (size, staging, requests) = (bench.size, bench.staging, bench.requests);
-    format!("Pool of {size} {staging} machines on {backend}, {requests} requests each")
+    let prespawned = if bench.prespawn { ", prespawned" } else { "" };
+    format!("Pool of {size} {staging} machines on {backend}{prespawned}, {requests} requests each")
 }
 
 fn seconds(time: Duration) -> String {

@@ -23,6 +23,7 @@ mod concurrency;
 mod exec;
 mod finding;
 mod fork;
+mod prespawn;
 mod rig;
 mod start;
 mod states;
@@ -76,6 +77,10 @@ macro_rules! __conformance_cases {
                 suspendable_is_constant suspending_keeps_the_execution suspending_leaves_no_process
                 resuming_spends_the_execution stopping_loses_the_memory suspending_twice_publishes_nothing
                 a_suspended_machine_is_deleted;
+            prespawn:
+                a_waiting_process_changes_nothing a_start_takes_up_what_waits
+                a_waiting_process_that_is_gone_costs_nothing a_waiting_process_ends_with_its_machine
+                another_process_takes_up_what_waits only_what_is_off_is_waited_for;
             fork:
                 copies_go_on_where_it_was the_original_runs_on a_copy_of_a_copy only_what_runs_is_forked;
             states:

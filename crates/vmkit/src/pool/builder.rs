@@ -62,6 +62,8 @@ impl PoolBuilder {
         size: usize => size = Some(size);
         /// Sets how they are prepared.
         staging: Staging => staging = staging;
+        /// Keeps the processes of suspended and stopped machines started ahead of time.
+        prespawn: bool => prespawn = prespawn;
         /// Keeps machines in several tiers at once; their sum is the size.
         tiers: Tiers => tiers = Some(tiers);
         /// Keeps this many ready beyond those in use, instead of a fixed size.

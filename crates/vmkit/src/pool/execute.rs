@@ -105,6 +105,7 @@ impl Supervisor {
             spec: self.parts.spec.clone(),
             ready: self.ready_work(),
             limit: self.shared.config.create_timeout,
+            prespawn: self.shared.config.prespawn,
             id,
             tier,
             old,
@@ -136,8 +137,11 @@ impl Supervisor {
         let Some(instance) = self.instance(no) else { return };
         let (cancel, cancelled) = cancel();
         self.slots.enter(no, Phase::Demoting { tier, _cancel: cancel }, now);
-        let (grace, limit) = (self.shared.config.stop_timeout, self.shared.config.create_timeout);
-        self.task(async move { Message::Demoted(no, tasks::demote(instance, tier, grace, limit, cancelled).await) });
+        let config = &self.shared.config;
+        let (grace, limit, prespawn) = (config.stop_timeout, config.create_timeout, config.prespawn);
+        self.task(async move {
+            Message::Demoted(no, tasks::demote(instance, tier, prespawn, grace, limit, cancelled).await)
+        });
     }
 
     fn trim(&mut self, tier: Tier, now: Instant) {

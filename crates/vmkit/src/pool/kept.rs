@@ -40,9 +40,10 @@ impl Supervisor {
                 let (cancel, cancelled) = oneshot::channel();
                 self.slots.enter(no, Phase::Keeping { _cancel: cancel }, now);
                 let (grace, limit) = (self.shared.config.stop_timeout, self.shared.config.create_timeout);
-                self.task(
-                    async move { Message::Kept(no, tasks::demote(instance, tier, grace, limit, cancelled).await) },
-                );
+                self.task(async move {
+                    // It is for looking at: nobody is to have it soon.
+                    Message::Kept(no, tasks::demote(instance, tier, false, grace, limit, cancelled).await)
+                });
             }
             // Off, or broken: what is there is kept as it is.
             _ => self.keep(no, now),

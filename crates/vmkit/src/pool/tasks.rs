@@ -86,6 +86,8 @@ pub(super) struct Order {
     pub tier: Tier,
     pub console: ConsoleSinks,
     pub ready: Ready,
+    /// Whether a process is to wait for one that is off.
+    pub prespawn: bool,
     pub limit: Duration,
     /// The machine that had its name and was used: this one must not be it.
     pub old: Option<Box<Properties>>,
@@ -116,6 +118,9 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
         }
         if tier == Tier::Suspended {
             instance.suspend().instrument(debug_span!("suspend")).await?;
+        }
+        if order.prespawn && tier != Tier::Running {
+            instance.prespawn().instrument(debug_span!("prespawn")).await?;
         }
         Ok(tier)
     };
@@ -180,13 +185,19 @@ async fn throw_away(mut stream: impl AsyncRead + Unpin) {
 pub(super) async fn demote(
     instance: Instance,
     tier: Tier,
+    prespawn: bool,
     grace: Duration,
     limit: Duration,
     cancel: oneshot::Receiver<()>,
 ) -> Result<()> {
     let work = async {
         match tier {
+            Tier::Suspended if prespawn => {
+                instance.suspend().await?;
+                instance.prespawn().await
+            }
             Tier::Suspended => instance.suspend().await,
+            // One that has run boots from its disk, and waits for nothing.
             Tier::Stopped => instance.stop(grace).await.stop,
             Tier::Running => Ok(()),
         }

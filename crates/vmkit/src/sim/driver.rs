@@ -87,9 +87,13 @@ impl SimDriver {
             Fault::Err if verb.fails_clean() => return failed(),
             _ => {}
         }
+        let waits = self.world.look(|hw| hw.units.get(&self.id).is_some_and(|unit| unit.waits.is_some()));
         self.world.change(|hw| first(hw, &self.id))?;
         let pid = self.world.look(|hw| hw.units.get(&self.id).and_then(|unit| unit.process.as_ref()).map(|it| it.pid));
-        let latency = self.world.look(|hw| hw.latency.of(verb));
+        let latency = self.world.look(|hw| match waits && matches!(verb, Verb::Boot | Verb::Resume) {
+            true => hw.latency.of(verb).saturating_sub(hw.latency.prespawn),
+            false => hw.latency.of(verb),
+        });
         let parts = if spent.is_some() { 2 } else { 1 };
         let working = async {
             self.world.pause(latency / parts).await;
@@ -300,6 +304,27 @@ impl Driver for SimDriver {
         result
     }
 
+    async fn prespawn(&mut self) -> Result<()> {
+        let first = |hw: &mut Hardware, id: &Id| {
+            let pid = hw.number() as u32;
+            let unit = hw.unit(id);
+            if unit.saved.is_none() && unit.born.is_some() {
+                let error = Error::new(ErrorKind::Unsupported, "it boots from its disk: there is no state to wait for");
+                return Err(error.hint("suspend it, or start it as it is"));
+            }
+            unit.waits.get_or_insert(pid);
+            Ok(())
+        };
+        let second = |hw: &mut Hardware, id: &Id| {
+            if hw.is(Broken::PrespawnRuns) {
+                hw.power_on(id, Arc::new(Memory::new()), ConsoleSinks::discard());
+                hw.set_phase(id, Phase::Up);
+            }
+            Ok(())
+        };
+        self.perform(Verb::Prespawn, first, second).await
+    }
+
     async fn snapshot(&mut self) -> Result<Snapshot> {
         let off = || Error::new(ErrorKind::Exited, "the machine's process has ended");
         let key = format!("copy-{}", self.world.change(|hw| hw.number()));
@@ -338,7 +363,11 @@ impl Driver for SimDriver {
         let second = |hw: &mut Hardware, id: &Id| {
             let (graceful, leaves) = (hw.is(Broken::KillIsGraceful), hw.is(Broken::KillLeavesChild));
             let unit = hw.unit(id);
-            if unit.foreign || unit.process.is_none() {
+            if unit.foreign {
+                return Ok(());
+            }
+            unit.waits = None;
+            if unit.process.is_none() {
                 return Ok(());
             }
             unit.strays += usize::from(leaves);
@@ -355,7 +384,7 @@ impl Driver for SimDriver {
     async fn destroy(&mut self) -> Result<()> {
         let first = |hw: &mut Hardware, id: &Id| {
             let (picky, disk_first) = (hw.is(Broken::DestroyNotIdempotent), hw.is(Broken::DestroysDiskFirst));
-            let keeps_half = hw.is(Broken::KeepsHalfClones);
+            let (keeps_half, outlives) = (hw.is(Broken::KeepsHalfClones), hw.is(Broken::PrespawnOutlives));
             let unit = hw.unit(id);
             if unit.process.is_some() && !unit.foreign {
                 return Err(Error::new(ErrorKind::Busy, "the machine's process is alive"));
@@ -370,6 +399,8 @@ impl Driver for SimDriver {
                 return Ok(());
             }
             unit.destroying = true;
+            let waited = unit.waits.take().is_some();
+            unit.strays += usize::from(waited && outlives);
             if disk_first {
                 hw.remove_disk(id);
             }

@@ -17,6 +17,8 @@ pub enum Verb {
     Resume,
     /// [`Driver::suspend`](crate::Driver::suspend)
     Suspend,
+    /// [`Driver::prespawn`](crate::Driver::prespawn)
+    Prespawn,
     /// [`Driver::snapshot`](crate::Driver::snapshot)
     Snapshot,
     /// [`Driver::shutdown`](crate::Driver::shutdown)
@@ -45,11 +47,12 @@ pub enum Verb {
 
 impl Verb {
     /// The verbs that change a machine.
-    pub const MUTATING: [Verb; 8] = [
+    pub const MUTATING: [Verb; 9] = [
         Verb::Clone,
         Verb::Boot,
         Verb::Resume,
         Verb::Suspend,
+        Verb::Prespawn,
         Verb::Snapshot,
         Verb::Shutdown,
         Verb::Kill,
@@ -64,7 +67,7 @@ impl Verb {
     /// A suspend that fails, fails before it has paused anything; a kill or a question has nothing half done.
     pub(super) fn fails_clean(self) -> bool {
         match self {
-            Verb::Clone | Verb::Boot | Verb::Resume | Verb::Destroy => false,
+            Verb::Clone | Verb::Boot | Verb::Resume | Verb::Prespawn | Verb::Destroy => false,
             Verb::Suspend
             | Verb::Snapshot
             | Verb::Shutdown
@@ -157,6 +160,8 @@ pub struct Latency {
     pub clone: Duration,
     /// From power on until the guest's agent answers; also of a resume.
     pub boot: Duration,
+    /// Until a process waits for what it is to go on from. A start that takes it up is shorter by that.
+    pub prespawn: Duration,
     /// Saving an execution, also for copies of it.
     pub suspend: Duration,
     /// From being asked to shut down until it is off.
@@ -172,6 +177,7 @@ impl Latency {
         match verb {
             Verb::Clone => self.clone,
             Verb::Boot | Verb::Resume => self.boot,
+            Verb::Prespawn => self.prespawn,
             Verb::Suspend | Verb::Snapshot => self.suspend,
             Verb::Kill => self.kill,
             Verb::Destroy => self.destroy,
@@ -220,6 +226,10 @@ pub enum Broken {
     ForkEndsOriginal,
     /// A suspended machine's process lives on.
     SuspendLeavesProcess,
+    /// A machine whose process was to wait runs.
+    PrespawnRuns,
+    /// A process that was to wait outlives its machine.
+    PrespawnOutlives,
     /// A stopped machine's memory is there again after a start.
     StopKeepsMemory,
     /// A machine that ended by itself is never noticed.
@@ -258,7 +268,7 @@ pub enum Broken {
 
 impl Broken {
     /// Each of them.
-    pub const ALL: [Broken; 31] = [
+    pub const ALL: [Broken; 33] = [
         Broken::Liar,
         Broken::Leaker,
         Broken::HangsOnKill,
@@ -273,6 +283,8 @@ impl Broken {
         Broken::CopiesBoot,
         Broken::ForkEndsOriginal,
         Broken::SuspendLeavesProcess,
+        Broken::PrespawnRuns,
+        Broken::PrespawnOutlives,
         Broken::StopKeepsMemory,
         Broken::NeverNoticesDeath,
         Broken::ForgetsExit,

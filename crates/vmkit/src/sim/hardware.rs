@@ -56,6 +56,8 @@ pub(super) struct Unit {
     pub born: Option<SystemTime>,
     pub saved: Option<Arc<Memory>>,
     pub process: Option<Process>,
+    /// The pid of a process that was started ahead of time, and waits.
+    pub waits: Option<u32>,
     /// Processes that a broken backend lost.
     pub strays: usize,
     /// There, and a broken backend denies it.
@@ -78,6 +80,7 @@ impl Unit {
     /// Whether it is as if it had never been, so that its place in the table can go.
     fn is_nothing(&self) -> bool {
         let there = self.disk != Disk::None || self.process.is_some() || self.saved.is_some() || self.ghost.is_some();
+        let there = there || self.waits.is_some();
         let marked = self.foreign || self.denied || self.destroying || self.abandoned || self.strays > 0;
         let used = self.holder.is_some() || self.busy.is_some() || self.changed.receiver_count() > 0;
         !there && !marked && !used && self.files.is_empty()
@@ -257,7 +260,7 @@ impl Hardware {
         if unit.foreign && verb != Verb::Clone {
             wrong.push(format!("{verb:?} of somebody else's machine"));
         }
-        if matches!(verb, Verb::Boot | Verb::Resume) {
+        if matches!(verb, Verb::Boot | Verb::Resume | Verb::Prespawn) {
             if unit.destroying {
                 wrong.push(format!("{verb:?} of a machine whose destruction began (I8)"));
             }
@@ -318,6 +321,7 @@ impl Hardware {
         if unit.foreign || unit.holder.is_some() || !std::mem::take(&mut unit.abandoned) {
             return;
         }
+        unit.waits = None;
         match unit.process.as_ref().map(|process| process.phase) {
             Some(Phase::Booting) => self.end_process(id, killed()),
             Some(Phase::Paused | Phase::GoingOn) => self.set_phase(id, Phase::Up),
@@ -372,7 +376,8 @@ impl Hardware {
     }
 
     pub(super) fn power_on(&mut self, id: &Id, memory: Arc<Memory>, console: ConsoleSinks) -> u32 {
-        let pid = self.number() as u32;
+        let pid = self.unit(id).waits.take();
+        let pid = pid.unwrap_or_else(|| self.number() as u32);
         let process = Process { pid, phase: Phase::Booting, memory, since: Instant::now(), console, ends: None };
         let unit = self.unit(id);
         unit.denied = false;
@@ -388,7 +393,7 @@ impl Hardware {
     }
 
     pub(super) fn remove_disk(&mut self, id: &Id) {
-        if self.unit(id).process.is_some() {
+        if self.unit(id).process.is_some() || self.unit(id).waits.is_some() {
             self.violation(id, "its disk was removed while its process is alive");
         }
         if self.unit(id).saved.is_some() {

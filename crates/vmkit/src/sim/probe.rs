@@ -25,7 +25,7 @@ impl Probe for SimProbe {
                 ip: up.map(|process| std::net::Ipv4Addr::new(10, 0, 2, octet(process)).into()),
                 backend: "sim".to_owned(),
                 accelerator: Some("sim".to_owned()),
-                pid: process.map(|process| process.pid),
+                pid: process.map(|process| process.pid).or(unit.and_then(|unit| unit.waits)),
                 disk_used: unit.map(|unit| unit.files.values().map(|file| file.len() as u64).sum()),
                 uptime: up.map(|process| process.since.elapsed()),
                 birth: unit.and_then(|unit| unit.born).map(birth),

@@ -154,7 +154,8 @@ impl World {
 
     /// How many processes of a machine are alive.
     pub fn processes(&self, id: &Id) -> usize {
-        self.look(|hw| hw.units.get(id).map_or(0, |unit| usize::from(unit.process.is_some()) + unit.strays))
+        let of = |unit: &Unit| usize::from(unit.process.is_some()) + usize::from(unit.waits.is_some()) + unit.strays;
+        self.look(|hw| hw.units.get(id).map_or(0, |unit| of(unit)))
     }
 
     /// Whether a machine's processors run: it has a process, and that is not paused.
@@ -181,7 +182,7 @@ impl World {
             let mut left = Vec::new();
             for id in hw.names() {
                 let Some(unit) = hw.units.get(&id).filter(|unit| !unit.foreign) else { continue };
-                if unit.process.is_some() || unit.strays > 0 {
+                if unit.process.is_some() || unit.waits.is_some() || unit.strays > 0 {
                     left.push(format!("{id}: a process"));
                 }
                 if unit.saved.is_some() {
@@ -220,7 +221,8 @@ impl World {
 
     fn end(&self, id: &Id, exit: Exit) -> bool {
         self.change(|hw| {
-            let alive = hw.unit(id).process.is_some();
+            let unit = hw.unit(id);
+            let alive = unit.process.is_some() || unit.waits.take().is_some();
             hw.end_process(id, exit);
             alive
         })

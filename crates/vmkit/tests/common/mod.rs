@@ -25,7 +25,8 @@ pub fn paused() -> tokio::runtime::Runtime {
 
 pub fn latency() -> Latency {
     let ms = Duration::from_millis;
-    Latency { clone: ms(300), boot: ms(4000), suspend: ms(700), shutdown: ms(1500), kill: ms(20), destroy: ms(50) }
+    let (boot, prespawn, suspend) = (ms(4000), ms(1000), ms(700));
+    Latency { clone: ms(300), boot, prespawn, suspend, shutdown: ms(1500), kill: ms(20), destroy: ms(50) }
 }
 
 /// Hardware that takes its time, and a host over it.
