@@ -69,24 +69,25 @@ async fn delete_ended(lease: Lease) {
     lease.delete().await.unwrap();
 }
 
-fn survives(staging: Staging) {
+fn survives(staging: Staging, prespawn: bool) {
     let Some(image) = base() else { return };
     let rig = QemuRig::forking(image);
     let mut dice = Dice::from_env();
     let (mut killed, mut used) = (0, Vec::new());
     runtime().block_on(async {
-        let pool = Pool::builder(rig.host(), rig.spec()).name("real").size(SIZE).staging(staging).build().unwrap();
+        let pool = Pool::builder(rig.host(), rig.spec()).name("real").size(SIZE).staging(staging);
+        let pool = pool.prespawn(prespawn).build().unwrap();
         pool.start().await.unwrap();
         for cycle in 0..CYCLES {
             // Half of them at once: before a machine can have answered.
             let (kill, after) = (dice.roll(2) == 0, Duration::from_millis(dice.roll(2) * dice.roll(200)));
             // Of a machine that is ready, that is being made, or that is being deleted.
-            if kill && staging != Staging::Stopped {
+            if kill && (staging != Staging::Stopped || prespawn) {
                 killed += u64::from(kill_one(&rig, &mut dice).is_some());
             }
             let mut acquiring = Box::pin(async { pool.acquire().timeout(PATIENCE).await });
             let (mut early, mut victim) = (None, None);
-            if kill && staging == Staging::Stopped {
+            if kill && staging == Staging::Stopped && !prespawn {
                 // None runs before it is wanted: of one that boots, then.
                 let killing = async {
                     while pids_where(|cwd| cwd.starts_with(rig.dir())).is_empty() {
@@ -144,17 +145,23 @@ fn survives(staging: Staging) {
 
 #[test]
 fn a_running_pool_survives_kills() {
-    survives(Staging::Running);
+    survives(Staging::Running, false);
 }
 
 #[test]
 fn a_suspended_pool_survives_kills() {
-    survives(Staging::Suspended);
+    survives(Staging::Suspended, false);
 }
 
 #[test]
 fn a_stopped_pool_survives_kills() {
-    survives(Staging::Stopped);
+    survives(Staging::Stopped, false);
+}
+
+#[test]
+fn a_pool_that_prespawns_survives_kills() {
+    survives(Staging::Suspended, true);
+    survives(Staging::Stopped, true);
 }
 
 #[test]

@@ -55,6 +55,16 @@ async fn operate(vm: Instance, choice: u32, grace: Duration) {
         4 => (Action::Stop, vm.kill().await.stop),
         5 => (Action::Suspend, vm.suspend().await),
         6 => (Action::Delete, vm.delete().await),
+        7 => {
+            // No request of the table, and legal where the machine is off.
+            if let Err(error) = vm.prespawn().await
+                && error.kind() == ErrorKind::IllegalRequest
+            {
+                let state = error.state().expect("a refusal names the state");
+                assert!(!matches!(state, State::Stopped | State::Suspended), "{error:?}");
+            }
+            return;
+        }
         _ => {
             let output = vm.command("echo").arg("hello").output().await;
             if let Ok(output) = &output {
@@ -114,7 +124,7 @@ impl Run {
             }
             _ => {
                 let host = self.rng.random_range(0..2);
-                let (choice, grace) = (self.rng.random_range(0..8), self.rng.random_range(0..3000));
+                let (choice, grace) = (self.rng.random_range(0..9), self.rng.random_range(0..3000));
                 if let Some(vm) = self.handle(host, name).await {
                     let grace = Duration::from_millis(grace);
                     self.tasks.push(tokio::spawn(operate(vm, choice, grace)));
