@@ -8,12 +8,14 @@ use crate::state::State;
 
 /// Stops and deletes a machine, whatever state it is in, within `limit` in all.
 ///
-/// Runs on a task of its own: a cancelled caller does not stop a cleanup half way. Not found is success.
+/// Runs on a task of its own: a cancelled caller does not stop a cleanup half way. Not found is success. What was asked of the machine
+/// before is done before, and a reset that is under way makes it no more.
 ///
 /// # Errors
 /// What the last step failed with; [`ErrorKind::TimedOut`], with the state, when `limit` passed.
 pub async fn cleanup(instance: &Instance, grace: Duration, limit: Duration) -> Result<()> {
     let own = instance.clone();
+    own.give_up();
     to_the_end(instance, limit, "cleaning up", async move { clean(&own, grace).await }).await
 }
 
@@ -41,10 +43,17 @@ pub(crate) async fn to_the_end(
     })
 }
 
-async fn clean(instance: &Instance, grace: Duration) -> Result<()> {
+/// The same, of somebody who goes on with the machine, and without a limit.
+pub(crate) async fn clean(instance: &Instance, grace: Duration) -> Result<()> {
     loop {
         match instance.state() {
-            State::Deleted | State::Initial => return Ok(()),
+            State::Deleted | State::Initial => {
+                // A clone may wait in its queue.
+                instance.pass().await;
+                if matches!(instance.state(), State::Deleted | State::Initial) {
+                    return Ok(());
+                }
+            }
             State::Running => {
                 let report = instance.stop(grace).await;
                 match instance.state() {

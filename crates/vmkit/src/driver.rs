@@ -93,6 +93,10 @@ pub trait Driver: Send + 'static {
     /// What is really there, looked at now.
     fn inspect(&mut self) -> impl Future<Output = Result<Fact>> + Send;
 
+    /// What it is in now, whoever operates on it: transitional while another process does. Called without the machine being taken,
+    /// and waits for nobody.
+    fn state(&mut self) -> impl Future<Output = Result<State>> + Send;
+
     /// Resolves when the machine's process has ended; at once when there is none. Cancel-safe.
     fn exited(&mut self) -> impl Future<Output = Exit> + Send;
 

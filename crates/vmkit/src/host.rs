@@ -57,19 +57,28 @@ impl<P: Provider> Host<P> {
     /// out of range.
     pub async fn create(&self, id: Id, spec: Spec) -> Result<Instance> {
         spec.check().map_err(|e| e.on(id.as_str()))?;
+        if let Some(there) = self.get(&id) {
+            // Another process may have deleted it.
+            let _ = there.refresh().await;
+        }
         let reserved = self.reserve(&id)?;
         let driver = self.0.provider.open(&id, &spec).await.map_err(|e| e.on(id.as_str()))?;
         let home = self.home();
         Ok(reserved.fill(|exists| Instance::spawn(id, spec, driver, State::Initial, exists, home)))
     }
 
-    /// The machine of that name, wherever it was made: this process's handle, or the machine found and taken over.
+    /// The machine of that name, wherever it was made: this process's handle, or the machine found and taken over. Its state is the
+    /// one it has now, whoever brought it there.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] when there is none.
     pub async fn adopt(&self, id: &Id) -> Result<Instance> {
         if let Some(instance) = self.get(id) {
-            return Ok(instance);
+            // One that cannot be looked at can still be deleted.
+            let _ = instance.refresh().await;
+            if !instance.is_orphan() && instance.state() != State::Deleted {
+                return Ok(instance);
+            }
         }
         let reserved = self.reserve(id)?;
         let Adopted { driver, spec, state } = self.0.provider.adopt(id).await.map_err(|e| e.on(id.as_str()))?;
@@ -77,13 +86,14 @@ impl<P: Provider> Host<P> {
         Ok(reserved.fill(|exists| Instance::spawn(id.clone(), spec, driver, state, exists, home)))
     }
 
-    /// This process's handle of a machine, if it has one.
+    /// This process's handle of a machine, if it has one. One whose runtime has ended is none.
     pub fn get(&self, id: &Id) -> Option<Instance> {
-        match self.lock().get(id) {
+        let instance = match self.lock().get(id) {
             Some(Entry::Held(instance)) => Some(instance.clone()),
             Some(Entry::Named(instance)) => instance.upgrade(),
             Some(Entry::Opening) | None => None,
-        }
+        };
+        instance.filter(|instance| !instance.is_orphan())
     }
 
     /// Every machine that is there, whoever made it.
@@ -101,12 +111,15 @@ impl<P: Provider> Host<P> {
     fn reserve(&self, id: &Id) -> Result<Reservation> {
         let mut instances = self.lock();
         let taken = match instances.get(id) {
-            Some(Entry::Named(instance)) => instance.upgrade().is_some(),
-            Some(Entry::Opening | Entry::Held(_)) => true,
+            Some(Entry::Named(instance)) => instance.upgrade().is_some_and(|instance| !instance.is_orphan()),
+            Some(Entry::Held(instance)) => !instance.is_orphan(),
+            Some(Entry::Opening) => true,
             None => false,
         };
         if taken {
-            return Err(Error::new(ErrorKind::AlreadyExists, "a machine of that name exists").on(id.as_str()));
+            return Err(Error::new(ErrorKind::AlreadyExists, "a machine of that name exists")
+                .on(id.as_str())
+                .hint("choose another name, or adopt the one that is there"));
         }
         instances.insert(id.clone(), Entry::Opening);
         Ok(Reservation { id: id.clone(), instances: self.0.instances.clone(), filled: false })

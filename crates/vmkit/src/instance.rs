@@ -1,7 +1,6 @@
 //! What callers hold of a machine.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -34,7 +33,7 @@ use crate::state::{Action, State};
 pub struct Instance(Arc<Inner>);
 
 struct Inner {
-    retired: AtomicBool,
+    gate: Mutex<Gate>,
     id: Id,
     spec: Spec,
     suspendable: bool,
@@ -45,6 +44,17 @@ struct Inner {
     probe: Arc<dyn Probe>,
     home: Arc<dyn Home>,
 }
+
+/// Whether it may be made again. A clone is asked for while this is held: whoever closes it has every clone before him in the queue.
+#[derive(Debug, Default)]
+struct Gate {
+    retired: bool,
+    cleanups: u64,
+}
+
+/// When a reset began, by the cleanups before it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark(u64);
 
 /// Where a machine is: its host, as far as others like it are made there.
 pub(crate) trait Home: Send + Sync {
@@ -105,8 +115,8 @@ impl Instance {
             exists,
         };
         tokio::spawn(machine.run());
-        let retired = AtomicBool::new(false);
-        Instance(Arc::new(Inner { retired, id, spec, suspendable, requests, kills, status, guest, probe, home }))
+        let gate = Mutex::default();
+        Instance(Arc::new(Inner { gate, id, spec, suspendable, requests, kills, status, guest, probe, home }))
     }
 
     /// Its name: stable, unique on its host, never empty.
@@ -119,7 +129,8 @@ impl Instance {
         &self.0.spec
     }
 
-    /// The state now, without waiting.
+    /// The state now, without waiting. Of a machine that is off, what another process does is known once somebody asks for something
+    /// here, [`refresh`](Instance::refresh) at least.
     pub fn state(&self) -> State {
         self.status().state
     }
@@ -168,11 +179,72 @@ impl Instance {
     /// [`ErrorKind::IllegalRequest`] unless Initial or Deleted; [`ErrorKind::AlreadyExists`] when something of that name
     /// exists outside, which stays untouched. What was half made is removed.
     pub async fn clone_source(&self) -> Result<()> {
-        if self.0.retired.load(Ordering::Acquire) {
-            let error = Error::new(ErrorKind::IllegalRequest, "the pool that had the machine has taken it back");
-            return Err(error.on(self.0.id.as_str()).during("Clone").while_in(self.state()).hint("acquire another"));
+        self.clone_if(|_| true).await.unwrap_or_else(|| Err(self.task_gone(Action::Clone)))
+    }
+
+    /// The same for a reset: `None` when somebody has begun to clean up since `mark`.
+    pub(crate) async fn clone_unless_given_up(&self, mark: Mark) -> Option<Result<()>> {
+        self.clone_if(|gate| gate.cleanups == mark.0).await
+    }
+
+    async fn clone_if(&self, may: impl FnOnce(&Gate) -> bool) -> Option<Result<()>> {
+        let asked = {
+            let gate = self.gate();
+            if gate.retired {
+                let error = Error::new(ErrorKind::IllegalRequest, "the pool that had the machine has taken it back");
+                let error = error.on(self.0.id.as_str()).during("Clone").while_in(self.state());
+                return Some(Err(error.hint("acquire another")));
+            }
+            if !may(&gate) {
+                return None;
+            }
+            self.send(Action::Clone, Request::Clone)
+        };
+        Some(match asked {
+            Ok(answer) => answer.await.unwrap_or_else(|_| Err(self.task_gone(Action::Clone))),
+            Err(error) => Err(error),
+        })
+    }
+
+    /// From now on no reset that has begun makes it again.
+    pub(crate) fn give_up(&self) {
+        self.gate().cleanups += 1;
+    }
+
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(self.gate().cleanups)
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        self.0.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when all that was asked before is done, or nobody does anything any more.
+    pub(crate) async fn pass(&self) {
+        let (reply, passed) = oneshot::channel();
+        if self.0.requests.send(Request::Pass(reply)).is_ok() {
+            let _ = passed.await;
         }
-        self.ask(Action::Clone, Request::Clone).await?
+    }
+
+    /// The state now, looked at. What another process does with a machine that is off is not noticed here by itself: this notices it,
+    /// and publishes it. All other changes are published as they happen. Queues behind what was asked before.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    ///
+    /// # Cancel safety
+    /// A dropped call changes nothing.
+    pub async fn refresh(&self) -> Result<State> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || self.task_gone_during("Refresh");
+        self.0.requests.send(Request::Refresh(reply)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Whether the runtime has ended that drove it: this handle can do nothing any more.
+    pub(crate) fn is_orphan(&self) -> bool {
+        self.0.requests.is_closed()
     }
 
     /// Boots it, or resumes it when it is Suspended. Returns when commands can be executed.
@@ -291,7 +363,7 @@ impl Instance {
 
     /// From now on it is never made again: whoever still has it finds it deleted, or an error.
     pub(crate) fn retire(&self) {
-        self.0.retired.store(true, Ordering::Release);
+        self.gate().retired = true;
     }
 
     /// Has every later change told to `hook`, and returns the status now.
@@ -314,6 +386,9 @@ impl Instance {
     }
 
     pub(crate) fn not_running(&self) -> Error {
+        if self.is_orphan() {
+            return self.task_gone_during("Exec");
+        }
         let state = self.state();
         let hint = match state {
             State::Stopped | State::Suspended => "start it first",
@@ -337,9 +412,17 @@ impl Instance {
     }
 
     async fn ask<T>(&self, action: Action, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T> {
+        self.send(action, request)?.await.map_err(|_| self.task_gone(action))
+    }
+
+    fn send<T>(
+        &self,
+        action: Action,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<oneshot::Receiver<T>> {
         let (reply, answer) = oneshot::channel();
         self.0.requests.send(request(reply)).map_err(|_| self.task_gone(action))?;
-        answer.await.map_err(|_| self.task_gone(action))
+        Ok(answer)
     }
 
     /// The runtime that the machine's task ran on has ended.
@@ -351,6 +434,7 @@ impl Instance {
         Error::new(ErrorKind::Cancelled, "the runtime that drives the machine has shut down")
             .on(self.0.id.as_str())
             .during(doing)
+            .hint("have a host adopt it, in a runtime that goes on")
     }
 }
 

@@ -45,6 +45,10 @@ pub(crate) enum Request {
     Suspend(oneshot::Sender<Result<()>>),
     Delete(oneshot::Sender<Result<()>>),
     Prespawn(oneshot::Sender<Result<()>>),
+    /// To know what others did with it.
+    Refresh(oneshot::Sender<Result<State>>),
+    /// To be told when all that was asked before is done.
+    Pass(oneshot::Sender<()>),
     Snapshot(oneshot::Sender<Result<Snapshot>>),
 }
 
@@ -86,7 +90,6 @@ impl<D: Driver> Machine<D> {
                 },
             }
         }
-        self.status.close();
     }
 
     fn state(&self) -> State {
@@ -169,8 +172,11 @@ impl<D: Driver> Machine<D> {
             Request::Suspend(reply) if reply.is_closed() => {}
             Request::Delete(reply) if reply.is_closed() => {}
             Request::Prespawn(reply) if reply.is_closed() => {}
+            Request::Refresh(reply) if reply.is_closed() => {}
             Request::Snapshot(reply) if reply.is_closed() => {}
             Request::Prespawn(reply) => self.prespawn(reply).await,
+            Request::Refresh(reply) => self.refresh(reply).await,
+            Request::Pass(reply) => drop(reply.send(())),
             Request::Snapshot(reply) => self.snapshot(reply).await,
             Request::Clone(reply) => self.clone_source(reply).await,
             Request::Start(console, reply) => self.start(console, reply).await,
@@ -463,6 +469,26 @@ impl<D: Driver> Machine<D> {
         None
     }
 
+    /// Looks at a machine that is off: nothing else tells what others do with it. All others are watched.
+    async fn refresh(&mut self, mut reply: oneshot::Sender<Result<State>>) {
+        let known = self.state();
+        if matches!(known, State::Stopped | State::Suspended) {
+            let limit = self.timeouts.lock;
+            let looked = work(self.driver.state(), limit, "looking at the machine", reply.closed(), None).await;
+            match flat(looked) {
+                // What ends in another state is seen when it has.
+                Ok(seen) if seen.is_transitional() => {
+                    if Action::ALL.into_iter().any(|action| known.transition(action) == Some(seen)) {
+                        self.publish(seen, Cause::Elsewhere);
+                    }
+                }
+                Ok(seen) => retrace(known, seen).into_iter().for_each(|state| self.publish(state, Cause::Elsewhere)),
+                Err(error) => return drop(reply.send(Err(error.on(self.id.as_str())))),
+            }
+        }
+        let _ = reply.send(Ok(self.state()));
+    }
+
     /// No request of the table: the machine is off before, meanwhile and afterwards.
     async fn prespawn(&mut self, reply: oneshot::Sender<Result<()>>) {
         const DOING: &str = "Prespawn";
@@ -625,6 +651,13 @@ impl<D: Driver> Machine<D> {
 
     fn error(&self, kind: ErrorKind, action: Action, message: impl Into<String>) -> Error {
         Error::new(kind, message).on(self.id.as_str()).during(action.name())
+    }
+}
+
+impl<D: Driver> Drop for Machine<D> {
+    fn drop(&mut self) {
+        // Also when the runtime ends that it ran on: whoever waits for a change is not to wait for ever.
+        self.status.close();
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use crate::cleanup::{cleanup, to_the_end};
+use crate::cleanup::{clean, to_the_end};
 use crate::console::ConsoleSinks;
 use crate::error::{Error, ErrorKind, Result};
-use crate::instance::Instance;
+use crate::instance::{Instance, Mark};
 use crate::properties::Properties;
 use crate::publish::Cause;
 use crate::state::State;
@@ -30,18 +30,20 @@ pub async fn reset(instance: &Instance, console: ConsoleSinks, limit: Duration) 
         return Err(error.on(instance.id().as_str()).hint("delete it, and fork the original again"));
     }
     let own = instance.clone();
-    to_the_end(instance, limit, "resetting", async move { renew(&own, console, limit).await }).await
+    let mark = instance.mark();
+    to_the_end(instance, limit, "resetting", async move { renew(&own, console, mark).await }).await
 }
 
-async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> Result<()> {
+async fn renew(instance: &Instance, console: ConsoleSinks, mark: Mark) -> Result<()> {
     let old = instance.properties();
     let was_there = is_there(instance);
-    cleanup(instance, Duration::ZERO, limit).await?;
+    clean(instance, Duration::ZERO).await?;
+    // Whoever wanted it gone is not to find it again.
+    let gone = || taken(instance, ErrorKind::NotFound, "somebody else has deleted it meanwhile");
     if was_there && instance.status().cause == Cause::Elsewhere {
-        // Whoever wanted it gone is not to find it again.
-        return Err(taken(instance, ErrorKind::NotFound, "somebody else has deleted it meanwhile"));
+        return Err(gone());
     }
-    instance.clone_source().await?;
+    instance.clone_unless_given_up(mark).await.unwrap_or_else(|| Err(gone()))?;
     instance.start(console).await?;
     let proven = prove_new(&old, instance);
     if proven.is_err() {
@@ -49,7 +51,7 @@ async fn renew(instance: &Instance, console: ConsoleSinks, limit: Duration) -> R
             return Err(taken(instance, ErrorKind::NotRunning, "somebody else has stopped or deleted it meanwhile"));
         }
         // Whoever asked for a new one must not go on with this one.
-        cleanup(instance, Duration::ZERO, limit).await?;
+        clean(instance, Duration::ZERO).await?;
     }
     proven
 }

@@ -142,29 +142,28 @@ struct Copies(Vec<Instance>);
 
 impl Copies {
     async fn give_up(&mut self) {
-        let copies = std::mem::take(&mut self.0);
         // On a task of its own: whoever waits for it may go away.
-        let deleted = tokio::spawn(async move {
-            for copy in copies {
-                if let Err(error) = cleanup(&copy, Duration::ZERO, CLEANUP).await {
-                    warn!(id = %copy.id(), %error, "a copy that was given up could not be deleted");
-                }
-            }
-        });
-        let _ = deleted.await;
+        let _ = tokio::spawn(delete(std::mem::take(&mut self.0))).await;
     }
 }
 
 impl Drop for Copies {
     fn drop(&mut self) {
-        if self.0.is_empty() {
+        let copies = std::mem::take(&mut self.0);
+        if copies.is_empty() {
             return;
         }
-        let mut given_up = Copies(std::mem::take(&mut self.0));
+        // Plain machines: a runtime that ends drops what it is given at once, and must not be given it again by that.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { given_up.give_up().await });
-        } else {
-            given_up.0.clear();
+            runtime.spawn(delete(copies));
+        }
+    }
+}
+
+async fn delete(copies: Vec<Instance>) {
+    for copy in copies {
+        if let Err(error) = cleanup(&copy, Duration::ZERO, CLEANUP).await {
+            warn!(id = %copy.id(), %error, "a copy that was given up could not be deleted");
         }
     }
 }

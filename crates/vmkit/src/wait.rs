@@ -27,7 +27,7 @@ impl Observed for Instance {
     }
 
     async fn state(&self) -> Result<State> {
-        Ok(Instance::state(self))
+        self.refresh().await
     }
 
     fn subscribe(&self) -> Option<Subscription> {
@@ -60,8 +60,9 @@ pub fn look(id: &Id, seen: State, target: State, intermediates: &[State]) -> Res
     Err(Error::new(ErrorKind::UnexpectedState, message).on(id.as_str()).while_in(seen))
 }
 
-/// Waits until `target` is seen. Driven by publication where there is one, so that a state is seen however short it was;
-/// polled every `interval` otherwise.
+/// Waits until `target` is seen. Driven by publication where there is one, so that a state is seen however short it was. Looked at
+/// every `interval` where there is none, and where there is one as well: what another process does with a machine that is off is seen
+/// by that.
 ///
 /// The first look is immediate, and at the target it is success even when the deadline has passed. With a non-empty
 /// list of `intermediates`, any other state ends the wait at once, the first one included; with an empty list only the
@@ -87,14 +88,29 @@ pub async fn wait_for_state(
     let waiting = async {
         loop {
             let seen = match &mut subscription {
-                Some(subscription) => match subscription.next().await {
-                    Some(status) => status.state,
-                    None => {
-                        let error =
-                            Error::new(ErrorKind::Cancelled, format!("nobody drives it towards {target} any more"));
-                        return Err(last.map_or(error.duplicate(), |state| error.while_in(state)));
+                Some(subscription) => {
+                    let again = async {
+                        tokio::time::sleep(interval).await;
+                        of.state().await
+                    };
+                    let status = tokio::select! {
+                        biased;
+                        status = subscription.next() => status,
+                        // What is new is published.
+                        looked = again => match looked {
+                            Ok(_) => continue,
+                            Err(error) => return Err(error),
+                        },
+                    };
+                    match status {
+                        Some(status) => status.state,
+                        None => {
+                            let message = format!("nobody drives it towards {target} any more");
+                            let error = Error::new(ErrorKind::Cancelled, message);
+                            return Err(last.map_or(error.duplicate(), |state| error.while_in(state)));
+                        }
                     }
-                },
+                }
                 None => of.state().await?,
             };
             last = Some(seen);

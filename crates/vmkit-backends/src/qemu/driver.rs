@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 use vmkit::{
     Action, Birth, BootImage, ConsoleSinks, Driver, Error, ErrorKind, Exit, Fact, Guest, Id, Origin, Probe, Result,
-    Snapshot, Spec, Spent,
+    Snapshot, Spec, Spent, State,
 };
 use vmkit_agent::client::Client;
 
@@ -506,6 +506,10 @@ impl Driver for QemuDriver {
 
     async fn inspect(&mut self) -> Result<Fact> {
         Ok(layout::look(&self.dir))
+    }
+
+    async fn state(&mut self) -> Result<State> {
+        self.qemu().state(&self.id).await
     }
 
     async fn exited(&mut self) -> Exit {

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Guest;
 use crate::snapshot::Snapshot;
 use crate::spec::{Id, Spec};
-use crate::state::{Action, Fact};
+use crate::state::{Action, Fact, State};
 
 /// The one image that is not there.
 const MISSING: &str = "missing";
@@ -427,6 +427,17 @@ impl Driver for SimDriver {
         match self.ask(Verb::Inspect).await? {
             Fault::Lie => Ok(Fact::Broken),
             _ => Ok(self.world.change(|hw| hw.fact(&self.id))),
+        }
+    }
+
+    async fn state(&mut self) -> Result<State> {
+        match self.ask(Verb::Inspect).await? {
+            Fault::Lie => Ok(State::ErrorUnknown),
+            _ => Ok(self.world.change(|hw| {
+                // Also a look clears up after a process that died.
+                hw.recover(&self.id);
+                hw.seen(&self.id)
+            })),
         }
     }
 
