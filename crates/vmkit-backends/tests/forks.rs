@@ -388,3 +388,40 @@ fn a_damaged_template_is_an_error_and_another_takes_its_place() {
         assert_eq!(farm.left(), [""; 0]);
     });
 }
+
+/// Zeroes where a guest's kernel was, wherever that was: the first thing it does is a triple fault, and QEMU resets it.
+fn damage(memory: &std::path::Path) {
+    let file = fs::File::options().write(true).open(memory).unwrap();
+    let size = file.metadata().unwrap().len();
+    file.set_len(1 << 20).unwrap();
+    file.set_len(size).unwrap();
+}
+
+#[test]
+fn a_guest_that_boots_instead_of_going_on_is_an_error() {
+    let Some(image) = base() else { return };
+    let farm = Farm::new(image, true);
+    runtime().block_on(async {
+        let vm = farm.running("web").await;
+        sh(&vm, "echo kept > /kept; sync").await;
+        vm.suspend().await.unwrap();
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        vm.suspend().await.unwrap();
+        damage(&farm.qemu().machine_dir(vm.id()).join("memory"));
+        let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
+        assert!(error.next_step().unwrap().contains("boots from its disk"), "{error:?}");
+        assert_eq!(vm.state(), State::Stopped, "{error:?}");
+        vm.start(ConsoleSinks::discard()).await.unwrap();
+        assert_eq!(sh(&vm, "cat /kept").await, "kept");
+        discard(&vm).await;
+        // The same of a template.
+        let key = farm.qemu().template_for(&farm.spec()).unwrap().unwrap().key;
+        damage(&farm.dir.path().join("templates").join(&key).join("memory"));
+        let vm = farm.host.create(id("fork"), farm.spec()).await.unwrap();
+        vm.clone_source().await.unwrap();
+        let error = vm.start(ConsoleSinks::discard()).await.unwrap_err();
+        assert!(error.next_step().unwrap().contains(&key), "{error:?}");
+        discard(&vm).await;
+        assert_eq!(farm.left(), [""; 0]);
+    });
+}

@@ -430,7 +430,7 @@ impl Driver for QemuDriver {
             let since = SystemTime::now();
             qmp.cont().await?;
             // Its clock stood still: before anybody executes anything, it is right again.
-            line.renewed(wire, since, None).await
+            line.renewed(&mut qmp, wire, since, None).await
         };
         self.until(from, goes_on).await.map_err(|error| error.hint(SPENT))?;
         laps.lap("renewal");

@@ -22,6 +22,8 @@ use super::template::Template;
 const NOT_RENEWED: &str =
     "the details are the end of its console, with what a hook said; one that boots needs no renewal: --no-template";
 
+const COPY_DAMAGED: &str = "what it was to be a copy of is damaged, or from another QEMU: fork the original again";
+
 const NO_COPY: &str =
     "the details are the end of its console, with what a hook said: mend that in the original, and fork it again";
 
@@ -88,15 +90,17 @@ impl QemuDriver {
             laps.lap("load");
             Ok((qmp, wire))
         };
+        let damaged = || match template.info.copy_of {
+            Some(_) => COPY_DAMAGED.to_owned(),
+            None => {
+                let key = &template.info.key;
+                format!("its template is damaged, or from another QEMU: `vmkit template rm {key}` and try again")
+            }
+        };
         let (mut qmp, wire) = self.until(from, load).await.map_err(|error| match error.kind() {
             ErrorKind::TimedOut => error,
             _ if exit::is_killed(&error) => error,
-            _ => {
-                let key = &template.info.key;
-                error.hint(format!(
-                    "its template is damaged, or from another QEMU: `vmkit template rm {key}` and try again"
-                ))
-            }
+            _ => error.hint(damaged()),
         })?;
         // From here on its disk is its own: the next start boots from it. One that is a copy is tried anew as a copy, or not at all.
         if template.info.copy_of.is_none() {
@@ -112,9 +116,10 @@ impl QemuDriver {
             let since = SystemTime::now();
             qmp.cont().await?;
             // Nobody gets at it before it is somebody of its own.
-            line.renewed(wire, since, Some(who)).await
+            line.renewed(&mut qmp, wire, since, Some(who)).await
         };
         let renewed = self.until(from, goes_on).await.map_err(|error| match error.kind() {
+            ErrorKind::Corrupt => error.hint(damaged()),
             ErrorKind::Backend if template.info.copy_of.is_some() => error.hint(NO_COPY),
             ErrorKind::Backend => error.hint(NOT_RENEWED),
             _ => error,

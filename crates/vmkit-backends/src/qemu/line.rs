@@ -18,6 +18,7 @@ use vmkit_agent::client::{AgentError, Bind, Client, ExecControl, ExecRequest, Ex
 use super::args::{LINES, line_socket};
 use super::console;
 use super::lock::FileLock;
+use super::qmp::Qmp;
 use super::socket;
 use super::turns::{Place, Want};
 
@@ -85,7 +86,21 @@ impl Line {
 
     /// The first session with a guest that goes on from a saved execution, since `now`: its clock is right again before it
     /// answers, and with `fork` it is somebody else. Returns what was renewed. Takes as long as that takes: set a deadline.
-    pub async fn renewed(&self, wire: Wire, now: SystemTime, fork: Option<Fork>) -> Result<Vec<String>> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a guest that boots instead of going on, which `qmp` tells: what was saved is not what it was.
+    pub async fn renewed(&self, qmp: &mut Qmp, wire: Wire, now: SystemTime, fork: Option<Fork>) -> Result<Vec<String>> {
+        tokio::select! {
+            // Told long before the agent of one that boots answers.
+            biased;
+            () = qmp.reset() => {
+                Err(Error::new(ErrorKind::Corrupt, "its guest did not go on where it was saved: it reset itself, and booted"))
+            }
+            renewed = self.answered(wire, now, fork) => renewed,
+        }
+    }
+
+    async fn answered(&self, wire: Wire, now: SystemTime, fork: Option<Fork>) -> Result<Vec<String>> {
         let mut session = self.session.lock().await;
         let (client, renewed) = Client::connect_renewed(wire.stream, now, fork).await.map_err(translate)?;
         *session = Some(Session { client, port: Arc::new(wire.port) });

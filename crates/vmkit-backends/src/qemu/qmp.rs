@@ -175,6 +175,16 @@ impl Qmp {
         }
     }
 
+    /// Returns when the guest has reset itself; never where the session ends before. Cancel-safe.
+    pub async fn reset(&mut self) {
+        if let Some(session) = &mut self.0
+            && session.reset().await.is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
     /// Pauses the guest.
     pub async fn stop(&mut self) -> Result<()> {
         self.execute(qmp::stop {}).await.map(drop)

@@ -84,9 +84,10 @@ async fn or_end(dir: &Path, went_on: Result<()>, why: &str) -> Result<()> {
 /// What is left of a resume whose saved execution was spent.
 async fn resume(dir: &Path) -> Result<()> {
     let since = SystemTime::now();
-    Qmp::connect(dir, QMP).await?.go_on().await?;
+    let mut qmp = Qmp::connect(dir, QMP).await?;
+    qmp.go_on().await?;
     let line = Line::new(dir.to_owned(), Duration::ZERO);
-    line.renewed(line.wire().await?, since, None).await?;
+    line.renewed(&mut qmp, line.wire().await?, since, None).await?;
     layout::mark_ready(dir)
 }
 

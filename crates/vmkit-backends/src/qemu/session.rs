@@ -57,6 +57,8 @@ pub(super) struct Session {
     asked: u32,
     /// Whether saving or loading was announced to be over, since it was last asked for.
     announced: bool,
+    /// Whether the guest was reset, by itself, since the session began.
+    reset: bool,
 }
 
 impl Session {
@@ -70,7 +72,8 @@ impl Session {
     /// `name`: no other session's.
     pub async fn named(stream: UnixStream, name: String) -> io::Result<Session> {
         let (from, to) = stream.into_split();
-        let mut session = Session { lines: BufReader::new(from).lines(), to, name, asked: 0, announced: false };
+        let mut session =
+            Session { lines: BufReader::new(from).lines(), to, name, asked: 0, announced: false, reset: false };
         while session.next().await?.greeting.is_none() {
             debug!("what was said before the greeting is for a session before this one");
         }
@@ -112,10 +115,19 @@ impl Session {
         Ok(())
     }
 
+    /// Waits until the guest was reset, by itself: it reboots. Cancel-safe.
+    pub async fn reset(&mut self) -> io::Result<()> {
+        while !self.reset {
+            self.next().await?;
+        }
+        Ok(())
+    }
+
     /// Cancel-safe.
     async fn next(&mut self) -> io::Result<Message> {
         let line = self.lines.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
         let message: Message = serde_json::from_str(&line)?;
+        self.reset |= message.event.as_deref() == Some("RESET") && message.data.get("guest") == Some(&Any::Bool(true));
         if message.event.as_deref() == Some("MIGRATION") {
             let status = message.data.get("status").map(MigrationStatus::deserialize);
             self.announced |= matches!(
@@ -168,6 +180,18 @@ mod tests {
             Session::open(ours).await.unwrap().name
         };
         assert_ne!(open().await, open().await);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_resets_itself_is_told_from_one_that_is_reset() {
+        let event = |guest| format!("{{\"event\": \"RESET\", \"data\": {{\"guest\": {guest}, \"reason\": \"x\"}}}}\n");
+        let (mut ours, mut theirs) = session(&format!("{GREETING}\n{}", event(false))).await;
+        theirs.shutdown().await.unwrap();
+        assert_eq!(ours.reset().await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        let said = [event(true), "{\"return\": {}, \"id\": \"us.0\"}\n".to_owned()];
+        let (mut ours, _theirs) = session(&format!("{GREETING}\n{}", said.concat())).await;
+        ours.execute(qmp::stop {}).await.unwrap();
+        ours.reset().await.unwrap();
     }
 
     #[tokio::test]
