@@ -10,6 +10,7 @@ use vmkit_image::{KernelSource, Recipe, RootSource};
 use crate::args::{Args, BuildArgs, ImageCommand};
 use crate::context::{Context, agent};
 use crate::output::{Failure, Output, age, bytes, table};
+use crate::signals;
 
 pub async fn dispatch(args: &Args, command: &ImageCommand, output: &Output) -> Result<u8, Failure> {
     let context = Context::open(args, output).await?;
@@ -62,12 +63,14 @@ async fn make(context: &Context, build: &BuildArgs) -> Result<u8, Failure> {
         recipe = recipe.kernel(KernelSource::Files { kernel: kernel.clone(), modules: build.modules.clone() });
     }
     let (store, name) = (context.images()?, build.name.clone());
-    let info = context
-        .blocking(move |cancel, progress| {
-            store.build(&name, &recipe, cancel, progress)?;
-            store.info(&name)
-        })
-        .await?;
+    let built = context.blocking(move |cancel, progress| {
+        store.build(&name, &recipe, cancel, progress)?;
+        store.info(&name)
+    });
+    let info = match signals::unless_asked(built).await {
+        Ok(built) => built?,
+        Err(signal) => return Ok(signals::exit_code(signal)),
+    };
     context.output.result(&info, || format!("{} {}\n", info.name, info.digest))?;
     Ok(0)
 }

@@ -43,6 +43,20 @@ pub async fn asked_to_end() -> i32 {
     Signals::new().next().await
 }
 
+/// Does what gives itself up at a signal, to its end. `Err` is the signal: what was given up for it is no error of its own.
+pub async fn unless_asked<T>(work: impl Future<Output = T>) -> Result<T, i32> {
+    let mut signals = Signals::new();
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        biased;
+        signal = signals.next() => {
+            let _ = work.await;
+            Err(signal)
+        }
+        done = &mut work => Ok(done),
+    }
+}
+
 /// What a shell reports of a process that a signal ended.
 pub fn exit_code(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(255)

@@ -42,7 +42,11 @@ fn ls(context: &Context) -> Result<u8, Failure> {
 }
 
 async fn make(context: &Context, build: &TemplateArgs) -> Result<u8, Failure> {
-    let (image, _hold) = context.image(&build.image).await?;
+    // The image may have to be made first.
+    let (image, _hold) = match signals::unless_asked(context.image(&build.image)).await {
+        Ok(image) => image?,
+        Err(signal) => return Ok(signals::exit_code(signal)),
+    };
     let spec = Spec::new(Source::Boot(image)).cpus(build.cpus).memory_mib(build.memory);
     spec.check()?;
     let warm: Vec<String> = build.warm.iter().flat_map(|line| ["sh".to_owned(), "-c".into(), line.clone()]).collect();
