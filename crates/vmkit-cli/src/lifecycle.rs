@@ -1,5 +1,6 @@
 //! The operations on machines, across separate invocations.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -9,7 +10,7 @@ use vmkit::{
 };
 use vmkit_backends::qemu::Qemu;
 
-use crate::args::{Args, CloneArgs};
+use crate::args::{Args, CloneArgs, Command};
 use crate::context::{Busy, Context};
 use crate::output::{Failure, Output};
 use crate::run::{CLEANUP_LIMIT, spec};
@@ -203,7 +204,8 @@ async fn each(
     output: &Output,
     act: impl AsyncFn(&Instance) -> Result<Outcome>,
 ) -> Result<u8, Failure> {
-    let missing_is_done = matches!(args.command, crate::args::Command::Cleanup { .. });
+    let missing_is_done = matches!(args.command, Command::Cleanup { .. });
+    let taken_back = matches!(args.command, Command::Start { .. });
     let context = Context::open(args, output).await?;
     let mut signals = Signals::new();
     let mut outcomes = Vec::new();
@@ -229,24 +231,21 @@ async fn each(
                 Err(error) => Err(error),
             }
         };
-        let done = tokio::select! {
-            done = work => done,
+        let mut work = Box::pin(work);
+        let (done, signal) = tokio::select! {
+            done = &mut work => (Some(done), None),
             signal = signals.next() => {
                 // Who asks once more has no time for that: the next command clears up.
-                tokio::select! {
-                    () = settle(&context, name) => {}
-                    _ = signals.next() => {}
-                }
-                // What was done before stays done, and said.
-                report(output, &outcomes)?;
-                if let Some(earlier) = first {
-                    output.failure(&earlier);
-                }
-                return Ok(signals::exit_code(signal));
+                let done = tokio::select! {
+                    done = under_way(&context, name, work, taken_back) => done,
+                    _ = signals.next() => None,
+                };
+                (done, Some(signal))
             }
         };
         match done {
-            Ok(outcome) => {
+            None => {}
+            Some(Ok(outcome)) => {
                 if let Some(error) = &outcome.run_error {
                     output.warn(error);
                 }
@@ -255,7 +254,7 @@ async fn each(
                 }
                 outcomes.push(outcome);
             }
-            Err(error) => {
+            Some(Err(error)) => {
                 let failure = Failure::from(error);
                 if let Some(earlier) = first.replace(failure) {
                     output.failure(&earlier);
@@ -263,6 +262,14 @@ async fn each(
                     first = first.map(|last| Failure { code: earlier.code, ..last });
                 }
             }
+        }
+        if let Some(signal) = signal {
+            // What was done until then stays done, and said.
+            report(output, &outcomes)?;
+            if let Some(failure) = first {
+                output.failure(&failure);
+            }
+            return Ok(signals::exit_code(signal));
         }
     }
     report(output, &outcomes)?;
@@ -272,6 +279,25 @@ async fn each(
 /// All of it as one document; people were told of each when it was done.
 fn report(output: &Output, outcomes: &[Outcome]) -> Result<(), Failure> {
     if output.json { output.result(&outcomes, String::new) } else { Ok(()) }
+}
+
+/// What comes of what a signal has found under way: a start is taken back, unless there is no way back any more, and all else that has
+/// begun is done to its end. What has not, because another process has the machine, is not waited for and never begins.
+async fn under_way<T: Future<Output = Result<Outcome>>>(
+    context: &Context,
+    id: &Id,
+    work: Pin<Box<T>>,
+    taken_back: bool,
+) -> Option<Result<Outcome>> {
+    // All that is done to a machine here says so in its state: by nobody else's doing is the last change one of these.
+    let ours = |instance: &Instance| matches!(instance.status().cause, Cause::Requested | Cause::Settled);
+    let begun = context.host.get(id).filter(ours);
+    if begun.is_some() && !taken_back {
+        return Some(work.await);
+    }
+    drop(work);
+    settle(context, id).await;
+    begun.filter(|instance| instance.state() == State::Running).map(|instance| Ok(Outcome::of(&instance)))
 }
 
 /// After whoever wanted something has gone: the machine's own task takes it back, or does it to its end; this waits until it has.
