@@ -121,6 +121,19 @@ fn a_warm_up_is_in_every_fork_and_an_image_takes_its_templates_with_it() {
     let error = state.fails(1, &["template", "build", "--memory", "192M", "--warm", "echo reason >&2; exit 9"]);
     assert!(error["details"].as_str().unwrap().contains("reason"), "{error}");
     assert_eq!(state.ok(&["run", "--memory", "192M", "--", "cat", "/dev/shm/w"]), "warm\n");
+    // One that takes its guest away fails the same way each time. Arguments are in no error.
+    for (script, how) in [
+        ("reboot -f; sleep 1000 # word", "rebooted"),
+        ("reboot # word", "rebooted"),
+        ("poweroff -f; sleep 1000 # word", "ended"),
+    ] {
+        let error = state.fails(1, &["template", "build", "--memory", "192M", "--warm", script]);
+        let expected = format!("the template's warm-up \"sh\" {how} its guest");
+        assert_eq!((error["message"].as_str(), error["retryable"] == true), (Some(expected.as_str()), how == "ended"));
+        assert!(error["hint"].as_str().unwrap().contains("leaves the guest running"), "{error}");
+        assert!(!error.to_string().contains("word") && error["instance"].is_null(), "{error}");
+    }
+    assert_eq!(state.ok(&["run", "--memory", "192M", "--", "cat", "/dev/shm/w"]), "warm\n");
     // Made again without it, by the same name.
     assert_eq!(state.ok(&["template", "build", "--memory", "192M"]), key);
     assert_eq!(state.vmkit(&["run", "--memory", "192M", "--", "cat", "/dev/shm/w"]).status.code(), Some(1));

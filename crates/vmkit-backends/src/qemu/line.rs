@@ -246,6 +246,11 @@ pub(crate) fn translate(error: AgentError) -> Error {
     Error::new(kind, message).hint(hint)
 }
 
+/// Whether it says that the guest has rebooted meanwhile.
+pub(crate) fn is_reboot(error: &Error) -> bool {
+    error.kind() == ErrorKind::Agent && error.message() == AgentError::Rebooted.to_string()
+}
+
 impl GuestOps for Line {
     fn spawn(&self, command: CommandSpec) -> BoxFuture<'_, Result<GuestProcess>> {
         async move {

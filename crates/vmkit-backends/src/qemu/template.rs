@@ -24,14 +24,14 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
-use vmkit::{Action, BootImage, ConsoleSinks, Error, ErrorKind, Host, Id, Result, Spec, Timeouts, cleanup};
+use vmkit::{Action, BootImage, ConsoleSinks, Error, ErrorKind, Host, Id, Result, Spec, State, Timeouts, cleanup};
 
 use super::args::{Begin, args};
 use super::driver::TemplateUse;
 use super::host::HostFacts;
 use super::layout::{self, DISK, MEMORY, SERIAL, STATE};
 use super::lock::{FileLock, Lock};
-use super::{Accelerator, Qemu, QemuConfig, image};
+use super::{Accelerator, Qemu, QemuConfig, image, line};
 use crate::process::Identity;
 
 const RECORD: &str = "template.json";
@@ -234,7 +234,11 @@ impl Templates {
             vm.clone_source().await?;
             vm.start(ConsoleSinks::discard()).await?;
             warm_up(&vm, warm).await?;
-            vm.suspend().await?;
+            // A guest that is told to reboot or to power off lets the command that tells it end first.
+            vm.suspend().await.map_err(|error| match warm.first() {
+                Some(program) => taken_away(error, program),
+                None => error,
+            })?;
             let info = TemplateInfo {
                 key: key.to_string(),
                 image: image.name.clone(),
@@ -485,25 +489,35 @@ async fn warm_up(vm: &vmkit::Instance, warm: &[String]) -> Result<()> {
     // its own ways.
     let _ = vm.command("sh").args(["-c", "true; /bin/true"]).output().await;
     let Some((program, words)) = warm.split_first() else { return Ok(()) };
-    // Arguments are in no error.
-    let what = format!("the template's warm-up {program:?}");
     let output = vm.command(program).args(words.iter().cloned()).output().await;
-    let output = match output {
-        // Its name says nothing to anybody.
-        Err(error) if error.kind() == ErrorKind::NotRunning => {
-            let error = Error::new(ErrorKind::Backend, format!("{what} ended its guest"));
-            return Err(error.hint("a warm-up leaves the guest running: it is what forks go on from"));
-        }
-        other => other?,
-    };
+    let output = output.map_err(|error| taken_away(error, program))?;
     if output.status.success() {
         return Ok(());
     }
     let said =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).into_owned();
-    Err(Error::new(ErrorKind::Backend, format!("{what} ended with {}", output.status))
+    Err(Error::new(ErrorKind::Backend, format!("{} ended with {}", called(program), output.status))
         .hint("execute it in a machine of the same image: `vmkit run`")
         .with_details(said))
+}
+
+/// What a warm-up is called in errors. Arguments are in none.
+fn called(program: &str) -> String {
+    format!("the template's warm-up {program:?}")
+}
+
+/// The error for a guest that is not there any more, during its warm-up or right after: then that is why.
+fn taken_away(error: Error, program: &str) -> Error {
+    let (kind, how) = match (error.kind(), error.state()) {
+        // Perhaps by its host's doing, and not the next time.
+        (ErrorKind::NotRunning | ErrorKind::Exited, _) => (ErrorKind::Backend, "ended"),
+        (ErrorKind::IllegalRequest, Some(State::Stopped)) => (ErrorKind::Backend, "ended"),
+        _ if line::is_reboot(&error) => (ErrorKind::Unsupported, "rebooted"),
+        _ => return error,
+    };
+    // Not on its machine, whose name says nothing to anybody.
+    let error = Error::new(kind, format!("{} {how} its guest", called(program)));
+    error.hint("a warm-up leaves the guest running: it is what forks go on from")
 }
 
 /// Seconds since 1970.
