@@ -5,6 +5,7 @@ use std::sync::LazyLock;
 use std::time::Instant;
 
 use anstyle::{AnsiColor, Style};
+use clap::error::{ContextKind, ContextValue};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 use tracing::Level;
@@ -167,9 +168,7 @@ pub fn say_json(value: &serde_json::Value) {
 /// Help, the version, or arguments that make no sense: those as JSON when that was asked for.
 pub fn usage(error: &clap::Error) -> std::process::ExitCode {
     if error.use_stderr() && std::env::args_os().take_while(|arg| arg != "--").any(|arg| arg == "--json") {
-        let text = error.render().to_string();
-        let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        let error = Error::new(ErrorKind::InvalidArgument, message)
+        let error = Error::new(ErrorKind::InvalidArgument, in_one_line(error))
             .hint("`vmkit help` and `vmkit help COMMAND` say what there is");
         say_json(&failure_json(&error));
     } else {
@@ -182,6 +181,23 @@ pub fn usage(error: &clap::Error) -> std::process::ExitCode {
         }
     }
     std::process::ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+/// What makes no sense, and what there is to say of it in lists: which arguments are missing or in the way, which values there are.
+fn in_one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let mut message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+    let list = |kind| match error.get(kind) {
+        Some(ContextValue::Strings(words)) if !words.is_empty() => Some(words.join(", ")),
+        _ => None,
+    };
+    for kind in [ContextKind::InvalidArg, ContextKind::PriorArg] {
+        message.extend(list(kind).map(|words| format!(" {words}")));
+    }
+    for kind in [ContextKind::ValidValue, ContextKind::ValidSubcommand] {
+        message.extend(list(kind).map(|words| format!(" (there are: {words})")));
+    }
+    message
 }
 
 fn told_json(level: &str, told: &Told) -> serde_json::Value {

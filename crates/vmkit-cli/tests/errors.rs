@@ -39,6 +39,23 @@ fn arguments_that_make_no_sense() {
 }
 
 #[test]
+fn what_is_missing_among_the_arguments_and_what_there_is_are_named_to_programs_too() {
+    let state = State::empty();
+    for (args, named) in [
+        (&["start"][..], &["not provided: <NAME>..."][..]),
+        (&["fork", "a"], &["not provided: <NEW>..."]),
+        (&["clone"], &["not provided: <NAME>"]),
+        (&["wait"], &["<NAME>, <STATE>"]),
+        (&["cleanup", "--all", "a"], &["--all", "[NAME]..."]),
+        (&["states", "--format", "xml"], &["xml", "there are: text, markdown, dot, json"]),
+    ] {
+        let error = state.fails(2, args);
+        let message = error["message"].as_str().unwrap();
+        assert!(named.iter().all(|part| message.contains(part)) && !message.contains('\n'), "{args:?}: {message}");
+    }
+}
+
+#[test]
 fn out_of_range() {
     let Some(state) = State::new() else { return };
     assert_eq!(state.fails(2, &["clone", "web", "--cpus", "0"])["code"], "invalid-argument");
