@@ -170,7 +170,7 @@ pub fn parts(floor: &'static str) -> &'static [&'static str] {
 }
 
 /// Which figures are wanted: all, or some and what they are held against.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Wanted {
     only: Vec<String>,
     ours: bool,
@@ -195,6 +195,17 @@ impl Wanted {
             self.ours && OURS.iter().filter(held).any(|figure| self.names(figure.name))
         };
         self.only.is_empty() || names.iter().any(|name| self.names(name) || beside(name))
+    }
+
+    /// Whether a figure of this name was asked for. More is measured by the way.
+    pub fn asks(&self, name: &str) -> bool {
+        self.only.is_empty() || self.names(name)
+    }
+
+    /// Whether a figure of the floor's was asked for, or one of ours that is held against it.
+    pub fn asks_floor(&self, name: &str) -> bool {
+        let held = |figure: &Figure| figure.floor == Some(name) && self.names(figure.name);
+        self.asks(name) || (self.ours && OURS.iter().any(held))
     }
 
     fn names(&self, name: &str) -> bool {

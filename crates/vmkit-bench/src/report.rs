@@ -4,7 +4,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde_json::{Map, Value, json};
 use vmkit::ErrorKind;
 
-use crate::figures::{FLOOR, Figure, OURS, Target, shown};
+use crate::figures::{FLOOR, Figure, OURS, Target, Wanted, shown};
 use crate::plot;
 use crate::samples::Samples;
 
@@ -17,6 +17,8 @@ pub struct Report {
     pub ours: Samples,
     /// How guests executed: `tcg` or `kvm`.
     pub accelerator: &'static str,
+    /// What is shown of it.
+    pub wanted: Wanted,
 }
 
 /// A ratio and its limit.
@@ -31,6 +33,11 @@ pub(crate) struct Bar {
 }
 
 impl Report {
+    /// The rows that were asked for, measured or not.
+    fn rows(&self) -> impl Iterator<Item = &'static Figure> {
+        OURS.iter().filter(|figure| self.wanted.asks(figure.name))
+    }
+
     /// A figure of the floor's, measured or computed from those that were.
     fn floor(&self, name: &str) -> Option<f64> {
         match name {
@@ -68,7 +75,7 @@ impl Report {
         let over = |figure: &&Figure| {
             !matches!(figure.target, Some(Target::Milliseconds(_))) && self.reached(figure) == Some(false)
         };
-        OURS.iter().filter(over).map(|figure| figure.name).collect()
+        self.rows().filter(over).map(|figure| figure.name).collect()
     }
 
     /// The ratios that have a limit, as SVG.
@@ -86,20 +93,23 @@ impl Report {
             let target = figure.target.filter(|target| !matches!(target, Target::Milliseconds(_)))?;
             Some(Bar { name: figure.name, ratio: self.ratio(figure)?, target })
         };
-        OURS.iter().filter_map(bar).collect()
+        self.rows().filter_map(bar).collect()
     }
 
     /// `{"floor": {…}, "ours": {…}, "ratio": {…}}`, each by the figure's name: medians, milliseconds unless the name says
-    /// otherwise. What was not measured is left out.
+    /// otherwise. What was not measured, or not asked for, is left out.
     pub fn json(&self) -> Value {
         let object = |pairs: &mut dyn Iterator<Item = (&str, Option<f64>)>, digits| -> Value {
             let known = pairs.filter_map(|(name, value)| Some((name.to_owned(), json!(round(value?, digits)))));
             Value::Object(known.collect::<Map<_, _>>())
         };
+        let floor = FLOOR.iter().filter(|(name, _)| self.wanted.asks_floor(name));
+        // Where a row shows another one's figure, that is by its own name.
+        let own = |figure: &&Figure| self.rows().any(|row| shown(row.name) == figure.name);
         json!({
-            "floor": object(&mut FLOOR.iter().map(|(name, _)| (*name, self.floor(name))), 2),
-            "ours": object(&mut OURS.iter().map(|figure| (figure.name, self.ours.median(figure.name))), 2),
-            "ratio": object(&mut OURS.iter().map(|figure| (figure.name, self.ratio(figure))), 3),
+            "floor": object(&mut floor.map(|(name, _)| (*name, self.floor(name))), 2),
+            "ours": object(&mut OURS.iter().filter(own).map(|figure| (figure.name, self.ours(figure))), 2),
+            "ratio": object(&mut self.rows().map(|figure| (figure.name, self.ratio(figure))), 3),
         })
     }
 
@@ -108,7 +118,7 @@ impl Report {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(["FIGURE", "OURS", "FLOOR", "RATIO", "TARGET", "", "WHAT"]);
-        for figure in OURS {
+        for figure in self.rows() {
             let ours = self.ours(figure);
             if ours.is_some() {
                 let floor = figure.floor.and_then(|name| self.floor(name));
@@ -118,7 +128,7 @@ impl Report {
                 table.add_row([figure.name, &ours, &floor, &ratio, &target, verdict, figure.what]);
             }
         }
-        for (name, what) in FLOOR {
+        for (name, what) in FLOOR.iter().filter(|(name, _)| self.wanted.asks(name)) {
             let shown = OURS.iter().any(|figure| figure.name == *name && self.ours.median(name).is_some());
             let floor = self.floor(name);
             if floor.is_some() && !shown {
@@ -188,6 +198,43 @@ mod tests {
             "ratio": { "cold_boot": 1.2, "run_boot": 1.55, "process_warm": 1.111, "churn_per_s": 0.8 },
         });
         assert_eq!(report().json(), expected);
+    }
+
+    #[test]
+    fn what_was_measured_by_the_way_is_not_shown() {
+        let only = |names: &[&str]| {
+            let names = names.iter().map(ToString::to_string).collect();
+            Report { wanted: Wanted::new(names, true), ..report() }
+        };
+        let expected = json!({
+            "floor": { "cold_boot": 2000.0 }, "ours": { "run_boot": 3100.0 }, "ratio": { "run_boot": 1.55 },
+        });
+        let run = only(&["run_boot"]);
+        assert_eq!(run.json(), expected);
+        let text = run.text();
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.lines().nth(1).unwrap().starts_with("run_boot  3100   2000"), "{text}");
+        let bars: Vec<_> = run.bars().iter().map(|bar| bar.name).collect();
+        assert_eq!((bars, run.over()), (vec!["run_boot"], vec!["run_boot"]));
+        assert_eq!(only(&["process_warm"]).over(), [""; 0]);
+        // A figure of the floor's alone is a row of its own.
+        let text = only(&["fork_total"]).text();
+        assert!(text.lines().count() == 2 && text.contains("fork_total"), "{text}");
+        // A row may show the figure of another, which has its own name in JSON.
+        let mut burst = only(&["burst_p99_turns"]);
+        burst.floor.add("burst_turns_p99", 50.0);
+        burst.ours.add("burst_p99", 75.0);
+        burst.ours.add("burst_median", 70.0);
+        let expected = json!({
+            "floor": { "burst_turns_p99": 50.0 }, "ours": { "burst_p99": 75.0 }, "ratio": { "burst_p99_turns": 1.5 },
+        });
+        assert_eq!(burst.json(), expected);
+        // One that is computed brings no others.
+        let mut resume = only(&["acquire_suspended"]);
+        for name in ["resume_disk", "fork_process"] {
+            resume.floor.add(name, 60.0);
+        }
+        assert_eq!(resume.json()["floor"], json!({ "resume_answer": 70.0 }));
     }
 
     #[test]

@@ -77,7 +77,7 @@ struct Session {
 /// When something is missing, QEMU or vmkit fail, or on an interruption. Nothing is left then either.
 pub fn measure(plan: &Plan, stop: &Stop) -> Result<Report> {
     let mut session = Session::prepare(plan, stop)?;
-    let mut report = Report { accelerator: session.accelerator, ..Report::default() };
+    let mut report = Report { accelerator: session.accelerator, wanted: plan.wanted.clone(), ..Report::default() };
     for round in 1..=plan.runs {
         plan.tell.note(&format!("round {round} of {}", plan.runs));
         session.round(&plan.wanted, round == 1, stop, &mut report)?;

@@ -33,6 +33,10 @@ fn ours_the_floor_and_the_ratio_come_from_one_run() {
         // Its parts are rounded to hundredths.
         assert!((number("ratio", name) / ratio - 1.0).abs() < 0.02, "{name}: {report}");
     }
+    // More is measured by the way than was asked for.
+    let names = |part: &str| report[part].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names("floor"), ["fork_process", "process_warm"]);
+    assert_eq!((names("ours"), names("ratio")), (names("ratio"), vec!["process_warm".into(), "run_process".into()]));
     let drawing = fs::read_to_string(drawing).unwrap();
     for part in ["TCG", "run_process", "process_warm", "at most 1.6 ×", "limit"] {
         assert!(drawing.contains(part), "no {part} in {drawing}");
