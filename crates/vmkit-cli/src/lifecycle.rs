@@ -79,7 +79,13 @@ pub async fn start(
         let saved = instance.state() == State::Suspended;
         let started = async {
             context.template(instance.id(), instance.spec()).await;
-            instance.start(ConsoleSinks::discard()).await
+            let started = instance.start(ConsoleSinks::discard()).await;
+            started.map_err(|error| match error.state() {
+                Some(State::ErrorUnknown) if context.qemu().has_lost_memory(instance.id()) => error.hint(
+                    "the memory that was saved of it is gone: give that up and boot it from its disk, `vmkit start --discard NAME`",
+                ),
+                _ => error,
+            })
         };
         match timeout {
             None => started.await?,

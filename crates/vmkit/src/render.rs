@@ -64,6 +64,11 @@ pub fn states_markdown() -> String {
         text.push_str(" |\n");
     }
     text.push_str(
+        "\nOut of ErrorUnknown only Delete leads. Where a machine is in it because the memory of its saved execution is gone, \
+         `vmkit start\n--discard` gives that execution up before the table is asked: what is left is Stopped, and is \
+         booted from its disk.\n",
+    );
+    text.push_str(
         "\n## Completions\n\nWhere an operation may end. After every operation the machine is inspected, and what was \
          found is published; what could not\nbe verified is ErrorUnknown.\n\n\
          | from | request | success | failure |\n|---|---|---|---|\n",

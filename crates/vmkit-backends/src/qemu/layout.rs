@@ -298,6 +298,13 @@ fn has_memory(dir: &Path, memory: Memory) -> bool {
     }
 }
 
+/// Whether a machine is [`Fact::Broken`] by nothing but a saved execution whose memory is gone: without that it is Stopped.
+pub(crate) fn lost_memory(dir: &Path) -> bool {
+    let lost = saved(dir).is_some_and(|(_, memory)| !has_memory(dir, memory));
+    let whole = read_record(dir).is_ok() && dir.join(DISK).is_file();
+    lost && whole && running(dir).is_none() && strays(dir).is_empty()
+}
+
 /// Makes what was taken apart the machine's state and memory. Done as often as it takes.
 pub(crate) fn put_in_place(dir: &Path) -> Result<()> {
     if dir.join(MEMORY_APART).is_file() {
@@ -424,9 +431,12 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         fs::write(dir.join(STATE), "").unwrap();
-        assert_eq!(look(&dir), Fact::Broken, "no memory");
+        assert_eq!((look(&dir), lost_memory(&dir)), (Fact::Broken, true), "no memory");
+        fs::rename(dir.join(DISK), dir.join("away")).unwrap();
+        assert_eq!((look(&dir), lost_memory(&dir)), (Fact::Broken, false), "no disk either");
+        fs::rename(dir.join("away"), dir.join(DISK)).unwrap();
         fs::write(dir.join(MEMORY), "").unwrap();
-        assert_eq!(look(&dir), Fact::Suspended);
+        assert_eq!((look(&dir), lost_memory(&dir)), (Fact::Suspended, false));
         for file in [STATE, MEMORY] {
             fs::rename(dir.join(file), dir.join(format!("{file}.apart"))).unwrap();
         }

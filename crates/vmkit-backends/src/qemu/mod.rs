@@ -262,6 +262,12 @@ impl Qemu {
         discarded.map(|()| saved)
     }
 
+    /// Whether a machine cannot go on because the memory of its saved execution is gone, and could be booted from its disk once that
+    /// is given up: [`discard_saved`](Qemu::discard_saved).
+    pub fn has_lost_memory(&self, id: &Id) -> bool {
+        layout::lost_memory(&self.layout.machine(id))
+    }
+
     /// Removes the locks that there are beside those of machines: whoever was to make those was killed before there was anything.
     async fn sweep_locks(&self, machines: &[Id]) -> Result<()> {
         for id in self.layout.locks()?.into_iter().filter(|id| !machines.contains(id)) {
