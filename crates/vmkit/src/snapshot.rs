@@ -19,6 +19,9 @@ const CLEANUP: Duration = Duration::from_secs(60);
 /// How many copies start at the same time: more only wait for each other.
 const AT_ONCE: usize = 8;
 
+/// More copies at once than any host has room for: a mistake, not a wish.
+const MOST: usize = 10_000;
+
 /// What a machine was at one moment while it ran, for copies to go on from. Dropping it removes it; copies that were started keep
 /// what they need.
 pub struct Snapshot {
@@ -53,29 +56,22 @@ impl fmt::Debug for Snapshot {
 
 impl Instance {
     /// `n` copies of this machine, which is Running and runs on, standing still for milliseconds: memory, processes and disk as they
-    /// were, each with an identity of its own, Running. Their names are this one's with a number. All of them, or none.
+    /// were, each with an identity of its own, Running. Their names are this one's with a number, the next that is free. All of them, or none.
     ///
     /// What a program has in its own memory is in every copy: random numbers it has drawn, keys, connections.
     ///
     /// # Errors
     /// [`ErrorKind::IllegalRequest`] unless it is Running; [`ErrorKind::Unsupported`] where the backend has no copies;
-    /// [`ErrorKind::InvalidArgument`] for none at all; what making a machine fails with.
+    /// [`ErrorKind::InvalidArgument`] for none at all, and for more than 10,000; what making a machine fails with.
     ///
     /// # Cancel safety
     /// Dropped, it is undone: copies that are there already are deleted, on a task of their own.
     pub async fn fork(&self, n: usize) -> Result<Vec<Instance>> {
-        let mut names = Vec::new();
-        let mut number = 0;
-        while names.len() < n {
-            number += 1;
-            let end = format!("-{number}");
-            let stem: String = self.id().as_str().chars().take(63 - end.len()).collect();
-            let id = Id::new(stem + &end)?;
-            if !self.is_known(&id).await? {
-                names.push(id);
-            }
-        }
-        self.fork_as(&names).await
+        self.check_number(n)?;
+        let snapshot = self.snapshot().await?;
+        let mut copies = Copies(Vec::new());
+        let named = self.number_copies(n, snapshot.spec(), &mut copies).await;
+        finish(copies, named).await
     }
 
     /// The same, with names given.
@@ -88,10 +84,7 @@ impl Instance {
     /// As [`fork`](Instance::fork).
     pub async fn fork_as(&self, names: &[Id]) -> Result<Vec<Instance>> {
         let failed = |error: Error| error.on(self.id().as_str()).during("Fork");
-        if names.is_empty() {
-            let error = Error::new(ErrorKind::InvalidArgument, "a fork makes at least one copy");
-            return Err(failed(error.hint("name the copies")));
-        }
+        self.check_number(names.len())?;
         for (at, name) in names.iter().enumerate() {
             if names[..at].contains(name) {
                 let error = Error::new(ErrorKind::InvalidArgument, format!("the name {name} is given twice"));
@@ -104,30 +97,69 @@ impl Instance {
         }
         let snapshot = self.snapshot().await?;
         let mut copies = Copies(Vec::new());
-        let mut made = Ok(());
+        let named = self.name_copies(names, snapshot.spec(), &mut copies).await;
+        finish(copies, named).await
+    }
+
+    fn check_number(&self, n: usize) -> Result<()> {
+        let (message, hint) = match n {
+            0 => ("a fork makes at least one copy".to_owned(), "say how many, or name the copies"),
+            1..=MOST => return Ok(()),
+            _ => (format!("{n} copies are more than the {MOST} that a fork makes"), "make fewer at once"),
+        };
+        Err(Error::new(ErrorKind::InvalidArgument, message).hint(hint).on(self.id().as_str()).during("Fork"))
+    }
+
+    async fn name_copies(&self, names: &[Id], spec: &Spec, copies: &mut Copies) -> Result<()> {
         for name in names {
-            match self.beside(name, snapshot.spec()).await {
+            copies.0.push(self.beside(name, spec).await?);
+        }
+        Ok(())
+    }
+
+    /// A name is chosen when it is taken: another fork may be looking for names just now.
+    async fn number_copies(&self, n: usize, spec: &Spec, copies: &mut Copies) -> Result<()> {
+        let mut number = 0;
+        while copies.0.len() < n {
+            // Backends may know their machines without waiting: a caller's timeout must fire all the same.
+            tokio::task::consume_budget().await;
+            number += 1;
+            let name = self.numbered(number)?;
+            if self.is_known(&name).await? {
+                continue;
+            }
+            match self.beside(&name, spec).await {
                 Ok(copy) => copies.0.push(copy),
-                Err(error) => {
-                    made = Err(error);
-                    break;
-                }
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
             }
         }
-        if made.is_ok() {
-            for some in copies.0.chunks(AT_ONCE) {
-                made = try_join_all(some.iter().map(begin)).await.map(drop);
-                if made.is_err() {
-                    break;
-                }
+        Ok(())
+    }
+
+    fn numbered(&self, number: usize) -> Result<Id> {
+        let end = format!("-{number}");
+        let stem: String = self.id().as_str().chars().take(63 - end.len()).collect();
+        Id::new(stem + &end)
+    }
+}
+
+/// Starts copies that have their names, unless one has none. All of them, or none.
+async fn finish(mut copies: Copies, named: Result<()>) -> Result<Vec<Instance>> {
+    let mut made = named;
+    if made.is_ok() {
+        for some in copies.0.chunks(AT_ONCE) {
+            made = try_join_all(some.iter().map(begin)).await.map(drop);
+            if made.is_err() {
+                break;
             }
         }
-        match made {
-            Ok(()) => Ok(std::mem::take(&mut copies.0)),
-            Err(error) => {
-                copies.give_up().await;
-                Err(error)
-            }
+    }
+    match made {
+        Ok(()) => Ok(std::mem::take(&mut copies.0)),
+        Err(error) => {
+            copies.give_up().await;
+            Err(error)
         }
     }
 }

@@ -113,3 +113,46 @@ async fn names_are_numbers_and_free_ones() {
     drop((copies, copy, weak));
     assert_eq!(vm.fork(1).await.unwrap_err().kind(), ErrorKind::Cancelled);
 }
+
+#[tokio::test(start_paused = true)]
+async fn forks_at_once_take_different_names() {
+    let (world, host) = host();
+    let vm = machine(&host, "vm", State::Running).await;
+    let forks = futures::future::try_join_all((0..4).map(|_| vm.fork(2))).await.unwrap();
+    let mut names: Vec<_> = forks.iter().flatten().map(|copy| copy.id().to_string()).collect();
+    names.sort();
+    assert_eq!(names, (1..=8).map(|number| format!("vm-{number}")).collect::<Vec<_>>());
+    assert!(forks.iter().flatten().all(|copy| copy.state() == State::Running));
+    assert_eq!(world.violations(), [""; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_numbered_fork_is_undone_as_a_named_one() {
+    let numbers = ["vm-1", "vm-2", "vm-3"].map(id);
+    for millis in [500, 1_500, 2_500, 3_500] {
+        let (world, host) = host();
+        let vm = machine(&host, "vm", State::Running).await;
+        world.latency(Latency { clone: SECOND, boot: SECOND, suspend: SECOND, destroy: SECOND, ..Latency::default() });
+        world.fault(Some(&numbers[2]), Verb::Boot, Fault::ErrButDone);
+        assert!(tokio::time::timeout(Duration::from_millis(millis), vm.fork(3)).await.is_err(), "{millis} ms");
+        tokio::time::sleep(60 * SECOND).await;
+        assert!(!numbers.iter().any(|copy| world.has_disk(copy) || world.processes(copy) > 0), "{millis} ms");
+        world.heal();
+        // All of them are free again.
+        let copies = vm.fork(3).await.unwrap();
+        assert_eq!(copies.iter().map(|copy| copy.id().clone()).collect::<Vec<_>>(), numbers);
+        assert_eq!(world.violations(), [""; 0]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_number_of_copies_that_nobody_can_mean_is_refused() {
+    let (_world, host) = host();
+    let vm = machine(&host, "vm", State::Running).await;
+    for n in [0, 10_001, usize::MAX] {
+        let refused = vm.fork(n).await.unwrap_err();
+        assert_eq!((refused.kind(), refused.instance()), (ErrorKind::InvalidArgument, Some("vm")), "{refused:?}");
+        assert!(refused.next_step().is_some(), "{refused:?}");
+    }
+    assert_eq!(vm.fork_as(&[]).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
