@@ -60,6 +60,9 @@ impl Instance {
     ///
     /// What a program has in its own memory is in every copy: random numbers it has drawn, keys, connections.
     ///
+    /// Copies have its labels, but for vmkit's own. So a copy of a pool's machine is not the pool's: whoever makes it deletes it, and
+    /// neither the pool's close nor its next start does.
+    ///
     /// # Errors
     /// [`ErrorKind::IllegalRequest`] unless it is Running; [`ErrorKind::Unsupported`] where the backend has no copies;
     /// [`ErrorKind::InvalidArgument`] for none at all, and for more than 10,000; what making a machine fails with.

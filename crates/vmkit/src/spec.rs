@@ -211,6 +211,13 @@ impl Spec {
         self
     }
 
+    /// The labels that copies of it have as well: all but vmkit's own, whose keys begin with `vmkit.`. Those say who made a machine
+    /// and will delete it.
+    pub fn labels_of_copies(&self) -> BTreeMap<String, String> {
+        let labels = self.labels.iter().filter(|(key, _)| !key.starts_with("vmkit."));
+        labels.map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
     /// Says whether it is to have its memory for itself.
     #[must_use]
     pub fn own_memory(mut self, own_memory: bool) -> Spec {

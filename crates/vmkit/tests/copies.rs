@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{host, id, machine, spec};
 use vmkit::sim::{Fault, Latency, Verb, World};
-use vmkit::{ErrorKind, Host, State};
+use vmkit::{ConsoleSinks, ErrorKind, Host, State};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -155,4 +155,16 @@ async fn a_number_of_copies_that_nobody_can_mean_is_refused() {
         assert!(refused.next_step().is_some(), "{refused:?}");
     }
     assert_eq!(vm.fork_as(&[]).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
+#[tokio::test(start_paused = true)]
+async fn copies_have_the_labels_that_are_their_owners() {
+    let (_world, host) = host();
+    let spec = spec().label("team", "x").label("vmkit.pool", "ci").label("vmkit.run", "word").label("vmkit", "y");
+    let vm = host.create(id("vm"), spec).await.unwrap();
+    vm.clone_source().await.unwrap();
+    vm.start(ConsoleSinks::discard()).await.unwrap();
+    let copy = vm.fork(1).await.unwrap().remove(0);
+    let labels: Vec<_> = copy.spec().labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    assert_eq!(labels, [("team", "x"), ("vmkit", "y")]);
 }

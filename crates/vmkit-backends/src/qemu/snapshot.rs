@@ -126,7 +126,8 @@ impl QemuDriver {
             Ok(paused)
         };
         let made = made.await;
-        Ok(Snapshot::new(Spec { snapshot: Some(key.to_string()), ..spec }, made?, kept))
+        let labels = self.spec.labels_of_copies();
+        Ok(Snapshot::new(Spec { labels, snapshot: Some(key.to_string()), ..spec }, made?, kept))
     }
 
     /// Room for its memory and its disk.

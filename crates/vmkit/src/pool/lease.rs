@@ -22,6 +22,9 @@ use crate::state::State;
 ///
 /// Everything an [`Instance`] can do, it can do. Dropped, its machine is deleted in the background. Deleted, stopped and dropped
 /// in any order, twice or at once: that is one deletion and one replacement.
+///
+/// A copy of its machine ([`fork`](Instance::fork)) is not the pool's: whoever makes it deletes it, and neither the pool's close nor
+/// its next start does.
 #[must_use = "a lease that is dropped gives its machine back at once"]
 pub struct Lease {
     instance: Instance,

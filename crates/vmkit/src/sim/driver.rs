@@ -1,6 +1,5 @@
 //! One simulated machine, as its hypervisor sees it.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -244,7 +243,9 @@ impl Driver for SimDriver {
                 unit.disk = Disk::None;
             }
             if unit.foreign || (unit.disk != Disk::None && !unit.denied) {
-                return Err(Error::new(ErrorKind::AlreadyExists, "something of that name exists"));
+                return Err(
+                    Error::new(ErrorKind::AlreadyExists, "something of that name exists").hint("choose another name")
+                );
             }
             unit.disk = Disk::Half;
             unit.born = None;
@@ -341,7 +342,7 @@ impl Driver for SimDriver {
             Ok(())
         };
         self.perform(Verb::Snapshot, |_, _| Ok(()), second).await?;
-        let spec = Spec { labels: BTreeMap::new(), snapshot: Some(key), ..self.spec.clone() };
+        let spec = Spec { labels: self.spec.labels_of_copies(), snapshot: Some(key), ..self.spec.clone() };
         Ok(Snapshot::new(spec, Duration::ZERO, kept))
     }
 
