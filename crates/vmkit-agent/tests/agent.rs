@@ -72,6 +72,9 @@ async fn says_what_was_wrong_and_never_the_arguments() {
     let error = client.exec(ExecRequest { cwd: Some("/no/such".into()), ..ask("true") }).await.unwrap_err();
     assert!(matches!(error, AgentError::NoSuchDirectory(_)), "{error:?}");
     errors.push(error);
+    let error = client.exec(ExecRequest { args: vec!["secret".repeat(25_000)], ..ask("true") }).await.unwrap_err();
+    assert!(matches!(error, AgentError::Invalid(_)), "{error:?}");
+    errors.push(error);
     let error = client.exec(ExecRequest { user: Some("nobody-here".into()), ..ask("true") }).await.unwrap_err();
     assert!(matches!(error, AgentError::NoSuchUser(_)), "{error:?}");
     errors.push(error);

@@ -131,6 +131,7 @@ impl Command {
     /// # Errors
     /// [`ErrorKind::NotRunning`] unless the machine is Running, and then nothing was executed; [`ErrorKind::NotFound`]
     /// when there is no such program; [`ErrorKind::PermissionDenied`] when it cannot be executed;
+    /// [`ErrorKind::InvalidArgument`] for what no process can be given, such as a zero byte or an argument of 128 KiB;
     /// [`ErrorKind::TimedOut`] when its timeout passed before the guest had started it. No error contains arguments or
     /// environment.
     ///
@@ -146,6 +147,7 @@ impl Command {
     }
 
     async fn begin(self) -> Result<Child> {
+        self.spec.check().map_err(|error| error.on(self.instance.id().as_str()))?;
         let (guest, mut gone) = self.instance.way_in()?;
         // A limit beyond what a clock can say is none.
         let deadline = self.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
@@ -324,11 +326,15 @@ impl Child {
         }
     }
 
-    /// Sends a signal to its whole process group.
+    /// Sends a signal, 1 to 64, to its whole process group.
     ///
     /// # Errors
-    /// [`ErrorKind::NotRunning`] when the machine is not Running any more.
+    /// [`ErrorKind::InvalidArgument`] for what is no signal; [`ErrorKind::NotRunning`] when the machine is not Running any more.
     pub async fn signal(&mut self, signal: i32) -> Result<()> {
+        if !(1..=64).contains(&signal) {
+            let error = Error::new(ErrorKind::InvalidArgument, format!("{signal} is no signal"));
+            return Err(error.on(self.instance.id().as_str()).hint("signals have numbers from 1 to 64"));
+        }
         if self.exit.is_some() {
             return Ok(());
         }

@@ -10,8 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// The most that a binding may be in all, bytes.
 const MOST: usize = 4 << 20;
-/// The longest variable that Linux passes to a process, with its name and its end.
-const VARIABLE: usize = 128 << 10;
+/// The longest argument or variable that Linux passes to a process (`MAX_ARG_STRLEN`), with its name and its end.
+const LONGEST: usize = 128 << 10;
 
 /// A running guest. Cheap to clone; valid until the machine leaves Running.
 pub type Guest = Arc<dyn GuestOps>;
@@ -69,15 +69,7 @@ impl Binding {
                 return bad(format!("{name:?} is no host name"), "use 1 to 64 letters, digits, dots and hyphens");
             }
         }
-        for (key, value) in &self.env {
-            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
-                let hint = "a name is not empty and has no `=`; neither name nor value has a zero byte";
-                return bad(format!("the variable {key:?} cannot be set"), hint);
-            }
-            if key.len() + value.len() + 2 > VARIABLE {
-                return bad(format!("the variable {key:?} is longer than 128 KiB"), "pass it in a file");
-            }
-        }
+        check_env(&self.env)?;
         for file in &self.files {
             let name = file.path.rsplit('/').next().unwrap_or_default();
             let place = file.path.starts_with('/') && !file.path.contains('\0') && !["", ".", ".."].contains(&name);
@@ -102,6 +94,22 @@ impl Binding {
         }
         Ok(())
     }
+}
+
+/// Whether a process can be given these variables. Names may be told, values never: nor what somebody took for part of a name.
+fn check_env(env: &[(String, String)]) -> Result<()> {
+    let bad = |message: String, hint: &str| Err(Error::new(ErrorKind::InvalidArgument, message).hint(hint));
+    for (key, value) in env {
+        let name: String = key.chars().take_while(|&c| c != '=').take(64).collect();
+        if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+            let hint = "a name is not empty and has no `=`; neither name nor value has a zero byte";
+            return bad(format!("the variable {name:?} cannot be set"), hint);
+        }
+        if key.len() + value.len() + 2 > LONGEST {
+            return bad(format!("the variable {name:?} is longer than 128 KiB"), "pass it in a file");
+        }
+    }
+    Ok(())
 }
 
 /// A file to be written in a guest: in one step, its directories made when they are missing.
@@ -160,6 +168,29 @@ pub struct CommandSpec {
     pub detached: bool,
     /// Whoever starts it waits for its end: a backend need not tell of its start before, when the end comes within milliseconds.
     pub whole: bool,
+}
+
+impl CommandSpec {
+    /// Whether a guest can execute this, as far as that can be known without one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`], which says what is wrong, without arguments and values.
+    pub fn check(&self) -> Result<()> {
+        let bad = |message: String, hint: &str| Err(Error::new(ErrorKind::InvalidArgument, message).hint(hint));
+        if self.program.contains('\0') {
+            return bad("the program's name contains a zero byte".to_owned(), "leave it out");
+        }
+        for (at, arg) in self.args.iter().enumerate() {
+            if arg.contains('\0') {
+                return bad(format!("argument {} contains a zero byte", at + 1), "pass it on standard input");
+            }
+            if arg.len() + 1 > LONGEST {
+                let hint = "pass it in a file, or on standard input";
+                return bad(format!("argument {} is longer than 128 KiB", at + 1), hint);
+            }
+        }
+        check_env(&self.env)
+    }
 }
 
 /// Arguments and environment are left out on purpose: people pass secrets that way.

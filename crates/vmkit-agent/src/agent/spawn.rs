@@ -241,6 +241,10 @@ fn not_started(program: &str, cwd: &Path, errno: Errno) -> (Failure, String) {
             Ok(_) => not_executable(program, "its interpreter is missing"),
             Err(_) => (Failure::NotFound, format!("the guest has no program {program:?}")),
         },
+        Errno::TOOBIG => {
+            let what = "arguments and environment are longer than a process can be given: use a file or standard input";
+            (Failure::Invalid, format!("the guest could not start {program:?}: {what}"))
+        }
         _ => (Failure::Other, format!("the guest could not start {program:?}: {errno}")),
     }
 }
