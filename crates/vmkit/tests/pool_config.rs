@@ -148,3 +148,28 @@ fn a_split_keeps_the_hot_and_gives_from_the_cold() {
     assert_eq!([split(0), split(1), split(2), split(5)], [(0, 0, 0), (1, 0, 0), (2, 0, 0), (2, 3, 0)]);
     assert_eq!(split(20), (2, 18, 0));
 }
+
+#[test]
+fn numbers_that_no_host_has_are_refused() {
+    let base = PoolConfig::default;
+    let none = Tiers { running: 0, suspended: 0, stopped: 0 };
+    for many in [1_000_001, 1 << 40, usize::MAX] {
+        let wrong = [
+            ("size", PoolConfig { size: Some(many), ..base() }),
+            ("max", PoolConfig { max: Some(many), ..base() }),
+            ("min_ready", PoolConfig { min_ready: Some(many), ..base() }),
+            ("event_buffer", PoolConfig { event_buffer: many, ..base() }),
+            ("tiers.running", PoolConfig { tiers: Some(Tiers { running: many, suspended: 1, ..none }), ..base() }),
+            ("tiers.suspended", PoolConfig { tiers: Some(Tiers { suspended: many, stopped: 1, ..none }), ..base() }),
+            ("tiers.stopped", PoolConfig { tiers: Some(Tiers { stopped: many, running: 1, ..none }), ..base() }),
+        ];
+        for (key, config) in wrong {
+            let error = config.check().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{key}");
+            assert!(error.message().starts_with(key) && error.next_step().is_some(), "{error:?}");
+        }
+    }
+    let tiers = Some(Tiers { running: 1_000_000, suspended: 1, ..none });
+    assert_eq!(PoolConfig { tiers, ..base() }.check().unwrap_err().kind(), ErrorKind::InvalidArgument);
+    PoolConfig { event_buffer: 1_000_000, ..base() }.check().unwrap();
+}

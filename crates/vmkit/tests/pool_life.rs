@@ -30,7 +30,8 @@ async fn start_is_once_only() {
     let pool = builder.build().unwrap();
     let (first, second) = tokio::join!(pool.start(), pool.start());
     first.unwrap();
-    assert_eq!(second.unwrap_err().kind(), ErrorKind::IllegalRequest);
+    let second = second.unwrap_err();
+    assert_eq!(second.kind(), ErrorKind::IllegalRequest);
     assert_eq!(pool.start().await.unwrap_err().kind(), ErrorKind::IllegalRequest);
     close(&pool, &world).await;
     assert_eq!(pool.start().await.unwrap_err().kind(), ErrorKind::Closed);
@@ -236,6 +237,45 @@ async fn resize_while_it_runs() {
     pool.resize(3).await.unwrap();
     assert_eq!(full(&pool, 3).await.counts.ready, Tiers { running: 1, suspended: 2, stopped: 0 });
     close(&pool, &world).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_size_is_beyond_the_maximum_or_any_host() {
+    let (world, builder) = pool();
+    let pool = builder.size(2).build().unwrap();
+    pool.start().await.unwrap();
+    for size in [1_000_001, usize::MAX] {
+        let refused = pool.resize(size).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidArgument, "{refused:?}");
+        assert!(refused.next_step().is_some(), "{refused:?}");
+    }
+    full(&pool, 2).await;
+    // Without a maximum, the size that was built is none.
+    pool.resize(4).await.unwrap();
+    full(&pool, 4).await;
+    close(&pool, &world).await;
+}
+
+/// As many as there may ever be: what is reckoned with them does not overflow.
+#[tokio::test(start_paused = true)]
+async fn numbers_that_only_limit_may_be_endless() {
+    for many in [1 << 32, usize::MAX] {
+        let (world, builder) = pool();
+        let keep = KeepFailed { quota: many, period: secs(60) };
+        let builder = builder.size(2).allowance(many).create_concurrency(many).max_waiting(many).keep_failed(keep);
+        let pool = builder.create_backoff_cap(Duration::MAX).build().unwrap();
+        pool.start().await.unwrap();
+        full(&pool, 2).await;
+        let mut leases = Vec::new();
+        for _ in 0..2 {
+            leases.push(pool.acquire().await.unwrap());
+        }
+        let waiter = pool.acquire().queue();
+        assert!(waiter.place().await.unwrap().estimate.is_some());
+        drop(waiter);
+        drop(leases);
+        close(&pool, &world).await;
+    }
 }
 
 #[tokio::test(start_paused = true)]

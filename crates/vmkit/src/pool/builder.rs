@@ -80,6 +80,8 @@ impl PoolBuilder {
         create_timeout: Duration => create_timeout = create_timeout;
         /// Sets the first pause after a failed attempt.
         create_backoff: Duration => create_backoff = create_backoff;
+        /// Sets the longest pause after failed attempts.
+        create_backoff_cap: Duration => create_backoff_cap = create_backoff_cap;
         /// Sets how many attempts there are at once.
         create_concurrency: usize => create_concurrency = create_concurrency;
         /// Sets the shortest time between the beginnings of two attempts.
@@ -165,5 +167,11 @@ impl PoolBuilder {
         spec.check()?;
         let (backend, sizing, console, seed) = (self.backend, self.sizing, self.console, self.seed);
         Ok(Pool::new(name, self.config, Parts { backend, spec, sizing, console, seed }))
+    }
+}
+
+impl std::fmt::Debug for PoolBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PoolBuilder").field("spec", &self.spec).field("config", &self.config).finish_non_exhaustive()
     }
 }

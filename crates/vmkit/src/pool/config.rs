@@ -13,8 +13,8 @@ use crate::spec::Id;
 
 /// The longest name of a pool: its machines' names have to begin with it.
 const LONGEST_NAME: usize = 40;
-/// More machines than any host has: a mistake, not a wish.
-const LARGEST: usize = 1_000_000;
+/// More machines than any host has, and more events than anybody is behind: a mistake, not a wish.
+pub(super) const LARGEST: usize = 1_000_000;
 
 /// How machines are prepared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,7 +159,8 @@ pub struct PoolConfig {
     pub tiers: Option<Tiers>,
     /// Keeps this many ready beyond those in use, instead of a fixed size.
     pub min_ready: Option<usize>,
-    /// The most in all; the size when absent.
+    /// The most in all, and the most that [`Pool::resize`](super::Pool::resize) takes. When absent, the size, or `min_ready` if that is
+    /// more, and a resize takes up to a million.
     pub max: Option<usize>,
     /// How many more there may be for attempts that hang, deletions that fail, and old machines being exchanged. 2; at
     /// least 1.
@@ -274,6 +275,20 @@ impl PoolConfig {
             Err(Error::new(ErrorKind::InvalidArgument, message).hint("correct the pool's configuration"))
         };
         self.id()?;
+        // First: what is computed from them, or reserved for them, must not go beyond what there is.
+        let Tiers { running, suspended, stopped } = self.tiers.unwrap_or_default();
+        let limited = [
+            ("size", self.size.unwrap_or(0)),
+            ("tiers.running", running),
+            ("tiers.suspended", suspended),
+            ("tiers.stopped", stopped),
+            ("min_ready", self.min_ready.unwrap_or(0)),
+            ("max", self.max.unwrap_or(0)),
+            ("event_buffer", self.event_buffer),
+        ];
+        if let Some((key, value)) = limited.into_iter().find(|(_, value)| *value > LARGEST) {
+            return bad(format!("{key} is {value}: it may be at most {LARGEST}"));
+        }
         if let (Some(size), Some(tiers)) = (self.size, self.tiers)
             && size != tiers.sum()
         {
@@ -299,8 +314,8 @@ impl PoolConfig {
                 "prespawn is for machines that are kept suspended or stopped, and all are kept running".to_owned()
             );
         }
-        if self.size().max(self.max.unwrap_or(0)) > LARGEST {
-            return bad(format!("size or max is more than {LARGEST}"));
+        if self.size() > LARGEST {
+            return bad(format!("tiers are {} in all: there may be at most {LARGEST}", self.size()));
         }
         if self.ready_command.first().is_some_and(String::is_empty)
             || self.ready_command.iter().any(|word| word.contains('\0'))

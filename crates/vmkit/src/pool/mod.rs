@@ -232,8 +232,8 @@ impl Pool {
     /// what is held.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] beyond the configured maximum; [`ErrorKind::Closed`]; [`ErrorKind::IllegalRequest`] before it
-    /// was started.
+    /// [`ErrorKind::InvalidArgument`] beyond the configured [`max`](PoolConfig::max), or beyond a million where there is none;
+    /// [`ErrorKind::Closed`]; [`ErrorKind::IllegalRequest`] before it was started.
     pub async fn resize(&self, size: usize) -> Result<()> {
         self.shared.usable()?;
         self.ask(|reply| Message::Resize(size, reply)).await.unwrap_or_else(|| Err(self.shared.closed()))

@@ -28,9 +28,10 @@ impl Pace {
     /// How long until the waiter with so many ahead is served.
     pub(super) fn estimate(&self, ahead: usize, concurrency: usize) -> Option<Duration> {
         let turns = u32::try_from(ahead + 1).unwrap_or(u32::MAX);
+        let at_once = u32::try_from(concurrency.max(1)).unwrap_or(u32::MAX);
         match (self.gap, self.create) {
             (Some(gap), _) => Some(gap.saturating_mul(turns)),
-            (None, Some(create)) => Some(create.saturating_mul(turns.div_ceil(concurrency.max(1) as u32))),
+            (None, Some(create)) => Some(create.saturating_mul(turns.div_ceil(at_once))),
             (None, None) => None,
         }
     }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::acquire::{Grant, Place};
 use super::backoff::after;
-use super::config::OnFailure;
+use super::config::{LARGEST, OnFailure};
 use super::events::{Details, EventKind};
 use super::lease::Hold;
 use super::message::Waiter;
@@ -144,14 +144,14 @@ impl Supervisor {
         if !self.is_open() {
             return Err(self.shared.closed());
         }
+        let max = self.shared.config.max.unwrap_or(LARGEST);
+        if size > max {
+            let message = format!("a size of {size} is more than the maximum of {max}");
+            return Err(Error::new(ErrorKind::InvalidArgument, message).hint("choose a smaller one"));
+        }
         // A maximum that nobody set follows the size.
-        match self.shared.config.max {
-            Some(max) if size > max => {
-                let message = format!("a size of {size} is more than the maximum of {max}");
-                return Err(Error::new(ErrorKind::InvalidArgument, message).hint("choose a smaller one"));
-            }
-            Some(_) => {}
-            None => self.limits.max = size.max(self.limits.min_ready.unwrap_or(0)),
+        if self.shared.config.max.is_none() {
+            self.limits.max = size.max(self.limits.min_ready.unwrap_or(0));
         }
         // From what was configured: a pool that was emptied still knows its tiers.
         let limits = self.shared.config.limits();
