@@ -252,6 +252,7 @@ async fn passed(deadline: Option<(Instant, Duration)>) -> Duration {
 
 fn too_long(limit: Duration) -> Error {
     Error::new(ErrorKind::TimedOut, format!("the command took longer than {limit:?}"))
+        .hint("give it more time, or find out in the guest what it waits for")
 }
 
 async fn read_all(from: Option<GuestReader>, into: &mut Vec<u8>) -> std::io::Result<()> {

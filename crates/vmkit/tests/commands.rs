@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{host, machine};
 use vmkit::sim::Verb;
 use vmkit::{Command, ErrorKind, Instance, State};
@@ -61,4 +63,13 @@ async fn what_is_no_signal_is_refused() {
     // Also of one that has ended.
     assert_eq!(child.signal(65).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
     child.signal(1).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_that_takes_too_long_says_what_to_do() {
+    let (_world, host) = host();
+    let vm = machine(&host, "vm", State::Running).await;
+    let late = vm.command("sleep").arg("1000").timeout(Duration::from_secs(1)).status().await.unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::TimedOut);
+    assert!(late.next_step().is_some(), "{late:?}");
 }

@@ -32,6 +32,7 @@ async fn start_is_once_only() {
     first.unwrap();
     let second = second.unwrap_err();
     assert_eq!(second.kind(), ErrorKind::IllegalRequest);
+    assert!(second.next_step().is_some(), "{second:?}");
     assert_eq!(pool.start().await.unwrap_err().kind(), ErrorKind::IllegalRequest);
     close(&pool, &world).await;
     assert_eq!(pool.start().await.unwrap_err().kind(), ErrorKind::Closed);

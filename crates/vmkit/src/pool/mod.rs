@@ -186,7 +186,8 @@ impl Pool {
         let (Ok(_), Some((parts, inbox))) = (begun, parts) else {
             return Err(match shared.phase.load(Ordering::Acquire) {
                 CLOSING | CLOSED => shared.closed(),
-                _ => Error::new(ErrorKind::IllegalRequest, format!("the pool {} was started before", shared.name)),
+                _ => Error::new(ErrorKind::IllegalRequest, format!("the pool {} was started before", shared.name))
+                    .hint("use it as it is: a pool is started once"),
             }
             .during("Start"));
         };

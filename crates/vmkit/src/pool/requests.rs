@@ -70,7 +70,7 @@ impl Supervisor {
         if waiter.who.deadline < now {
             // It has not looked since: a machine would wait for it in vain.
             let error = Error::new(ErrorKind::TimedOut, "no machine within its time").during("Acquire");
-            self.refuse(*waiter, error);
+            self.refuse(*waiter, error.hint("wait longer, or make the pool larger"));
             return None;
         }
         loop {
