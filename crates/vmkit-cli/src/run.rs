@@ -176,7 +176,9 @@ async fn ended_under(context: &Context, instance: &Instance) -> Failure {
         _ => "the machine ended while the command ran",
     };
     let hint = match (state, context.qemu().is_full()) {
-        (State::Suspended, _) => "somebody suspended it; the command ended with the session that started it",
+        (State::Suspended, _) => {
+            "somebody suspended it; the command goes on with it when it is started, and nobody hears what it says"
+        }
         (State::Deleted | State::Deleting, _) => "somebody deleted it",
         (_, true) => {
             "the disk that holds its memory and its disk is full, and its host had to kill it: make room first"

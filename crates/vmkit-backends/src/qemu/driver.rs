@@ -22,14 +22,14 @@ use super::args::{Begin, LINES, args, line_socket};
 use super::fork::Laps;
 use super::host::HostFacts;
 use super::layout::{
-    self, DISK, ENDED, FRESH, LAYER, Layout, MEMORY, MEMORY_APART, OUTPUT, QMP, QMP_PROBE, Run, SAVED, SERIAL, STATE,
-    STATE_APART, STATE_FULL, STATE_SPENT,
+    self, DISK, ENDED, FRESH, LAYER, Layout, MEMORY, OUTPUT, QMP, QMP_PROBE, Run, SAVED, SERIAL, STATE, STATE_APART,
+    STATE_FULL, STATE_SPENT,
 };
 use super::line::{Line, translate};
 use super::lock::Lock;
 use super::probe::{QemuProbe, started_now};
 use super::qcow2::{self, Base};
-use super::qmp::{Memory, Qmp};
+use super::qmp::Qmp;
 use super::template::{Shape, Template, Templates};
 use super::watch::ENDS;
 use super::{Accelerator, Qemu, QemuConfig, console, exit, image, recover};
@@ -284,11 +284,7 @@ impl QemuDriver {
     }
 
     fn sweep_memory(&self) {
-        // Gigabytes that nobody can use any more.
-        if self.process.is_none() && layout::saved(&self.dir).is_none_or(|(_, memory)| memory == Memory::Within) {
-            let _ = layout::remove(&self.file(MEMORY));
-            let _ = layout::remove(&self.file(MEMORY_APART));
-        }
+        layout::sweep_memory(&self.dir);
     }
 }
 

@@ -287,6 +287,20 @@ pub(crate) fn saved(dir: &Path) -> Option<(&'static str, Memory)> {
     kinds.into_iter().find(|(file, _)| dir.join(file).is_file())
 }
 
+/// Whether there is memory of a machine that nobody goes on from: it ended by itself, or a start of it was cut off.
+pub(crate) fn has_memory_of_nobody(dir: &Path) -> bool {
+    let of_nobody = || live_run(dir).is_none() && saved(dir).is_none_or(|(_, memory)| memory == Memory::Within);
+    // Last, as it looks at every process: one whose record is damaged has it all the same.
+    [MEMORY, MEMORY_APART].iter().any(|file| dir.join(file).exists()) && of_nobody() && qemus_in(dir).is_empty()
+}
+
+/// Removes that: gigabytes, and all that was in them. To be called under the machine's lock.
+pub(crate) fn sweep_memory(dir: &Path) {
+    if has_memory_of_nobody(dir) {
+        let _ = [MEMORY, MEMORY_APART].iter().try_for_each(|file| remove(&dir.join(file)));
+    }
+}
+
 /// Whether the memory of a saved execution is there.
 fn has_memory(dir: &Path, memory: Memory) -> bool {
     let there = |file| dir.join(file).is_file();

@@ -228,7 +228,7 @@ impl Qemu {
                 }
                 taken.lock.release(self.layout.machine(id).symlink_metadata().is_err());
             }
-            Holder::Free => {}
+            Holder::Free => self.sweep_memory(id),
         }
         Ok(found(self.look(id)))
     }
@@ -280,6 +280,24 @@ impl Qemu {
         Ok(())
     }
 
+    /// Removes the memory of a machine that ended by itself while nobody looked.
+    fn sweep_memory(&self, id: &Id) {
+        let dir = self.layout.machine(id);
+        if !layout::has_memory_of_nobody(&dir) {
+            return;
+        }
+        // Whoever has it by now sees to it when he is done, and so does whoever clears up after one who died.
+        if let Ok(Some(taken)) = Lock::try_take(&self.layout.lock(id), Action::None) {
+            match taken.left {
+                Some(left) => drop(taken.lock.note(Some(left))),
+                None => {
+                    layout::sweep_memory(&dir);
+                    taken.lock.release(!layout::is_ours(&dir));
+                }
+            }
+        }
+    }
+
     fn look(&self, id: &Id) -> Fact {
         let dir = self.layout.machine(id);
         // What is there and is not ours is nobody's machine.
@@ -319,6 +337,10 @@ impl Provider for Qemu {
         let ids = self.layout.machines()?;
         if let Err(error) = self.sweep_locks(&ids).await {
             debug!(%error, "locks of machines that are not there stay");
+        }
+        // Whoever begins anew looks at what there is: machines that were to become templates or copies are not among that.
+        if let Err(error) = self.sweep_templates().await {
+            debug!(%error, "what was to become a template stays");
         }
         for id in ids {
             let (state, mut problem) = match self.state(&id).await {

@@ -86,8 +86,12 @@ impl QemuDriver {
         };
         self.clear_way().await?;
         layout::remove(&self.file(SERIAL))?;
-        // What its console said is what it remembers.
-        let _ = fs::write(self.file(SERIAL), fs::read(template.console()).unwrap_or_default());
+        // What its console said is what it remembers. What it says itself begins on a line of its own.
+        let mut said = fs::read(template.console()).unwrap_or_default();
+        if said.last().is_some_and(|end| *end != b'\n') {
+            said.extend(b"\r\n");
+        }
+        let _ = fs::write(self.file(SERIAL), said);
         self.spawn(begin, &accelerator, program)?;
         Ok(goal)
     }
