@@ -65,6 +65,7 @@ fn a_fork_boots_from_what_it_wrote_and_keeps_who_it_is() {
         assert!(!vm.properties().birth.unwrap().renewed.is_empty());
         vm.stop(Duration::from_secs(20)).await.stop.unwrap();
         vm.start(ConsoleSinks::discard()).await.unwrap();
+        assert_eq!(sh(&vm, "dmesg | grep -c 'recovery complete' || true").await, "0", "its disk was not left in order");
         // It booted: its memory is gone, and its disk and its name are not.
         let birth = vm.properties().birth.unwrap();
         assert!(birth.how == Origin::Boot && !birth.unused, "{birth:?}");

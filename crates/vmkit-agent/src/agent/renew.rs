@@ -65,6 +65,12 @@ pub(super) fn settle(agent: &Inner) {
     }
 }
 
+/// The same, for the last time: a disk with files that are open for writing cannot be left in order.
+pub(super) fn settle_for_good(agent: &Inner) {
+    settle(agent);
+    lock(&agent.prepared).take();
+}
+
 /// All of it, or an error that says what could not be done: nobody is to get a guest that is somebody else too.
 pub(super) async fn apply(renew: &Renew, agent: &Inner) -> Result<Renewed, String> {
     agent.running.goes_on();

@@ -42,7 +42,7 @@ pub(super) fn is_asked() -> bool {
 /// Does what process 1 is asked for.
 pub(super) async fn when_asked(agent: Arc<Inner>) {
     agent.reaper.asked().await;
-    renew::settle(&agent);
+    renew::settle_for_good(&agent);
     agent.spares.stop();
     sleep(ANSWERS).await;
     end_all().await;
