@@ -44,6 +44,7 @@ fn a_fork_goes_on_in_the_process_that_waits() {
             assert_eq!(farm.qemu().machine_dir(vm.id()).join("memory").exists(), own_memory);
             start(&vm).await;
             assert_eq!(pids(&farm, &vm), waiting, "it goes on in another process");
+            assert_eq!(farm.qemu().machine_dir(vm.id()).join("memory").exists(), own_memory);
             let (seen, birth) = (vm.properties(), vm.properties().birth.unwrap());
             assert!(seen.uptime.is_some());
             assert!(birth.how == Origin::Fork && birth.unused && !birth.renewed.is_empty(), "{birth:?}");

@@ -59,7 +59,7 @@ impl<P: Provider> Host<P> {
         spec.check().map_err(|e| e.on(id.as_str()))?;
         if let Some(there) = self.get(&id) {
             // Another process may have deleted it.
-            let _ = there.refresh().await;
+            look(&there).await;
         }
         let reserved = self.reserve(&id)?;
         let driver = self.0.provider.open(&id, &spec).await.map_err(|e| e.on(id.as_str()))?;
@@ -74,8 +74,7 @@ impl<P: Provider> Host<P> {
     /// [`ErrorKind::NotFound`] when there is none.
     pub async fn adopt(&self, id: &Id) -> Result<Instance> {
         if let Some(instance) = self.get(id) {
-            // One that cannot be looked at can still be deleted.
-            let _ = instance.refresh().await;
+            look(&instance).await;
             if !instance.is_orphan() && instance.state() != State::Deleted {
                 return Ok(instance);
             }
@@ -127,6 +126,14 @@ impl<P: Provider> Host<P> {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Instances> {
         self.0.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Looks at what is known as off: others may have brought it elsewhere. One that cannot be looked at can still be deleted.
+async fn look(instance: &Instance) {
+    // Nobody waits for an operation that is under way here.
+    if matches!(instance.state(), State::Stopped | State::Suspended) {
+        let _ = instance.refresh().await;
     }
 }
 

@@ -475,18 +475,33 @@ impl<D: Driver> Machine<D> {
         if matches!(known, State::Stopped | State::Suspended) {
             let limit = self.timeouts.lock;
             let looked = work(self.driver.state(), limit, "looking at the machine", reply.closed(), None).await;
-            match flat(looked) {
+            let done = match flat(looked) {
+                Ok(seen) if seen == known => Ok(()),
                 // What ends in another state is seen when it has.
                 Ok(seen) if seen.is_transitional() => {
                     if Action::ALL.into_iter().any(|action| known.transition(action) == Some(seen)) {
                         self.publish(seen, Cause::Elsewhere);
                     }
+                    Ok(())
                 }
-                Ok(seen) => retrace(known, seen).into_iter().for_each(|state| self.publish(state, Cause::Elsewhere)),
-                Err(error) => return drop(reply.send(Err(error.on(self.id.as_str())))),
+                // Seen without the lock, it may be a moment of somebody's operation.
+                Ok(_) => self.look_again(reply.closed()).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = done {
+                return drop(reply.send(Err(error.on(self.id.as_str()))));
             }
         }
         let _ = reply.send(Ok(self.state()));
+    }
+
+    async fn look_again(&mut self, caller_gone: impl Future<Output = ()>) -> Result<()> {
+        let begun = work(self.driver.begin(Action::None), self.timeouts.lock, "waiting", caller_gone, None).await;
+        if let Some(fact) = flat(begun)? {
+            self.catch_up(fact);
+        }
+        self.driver.end();
+        Ok(())
     }
 
     /// No request of the table: the machine is off before, meanwhile and afterwards.

@@ -355,7 +355,7 @@ impl Driver for QemuDriver {
         let facts = self.facts().await?;
         let accelerator = facts.accelerator(self.config.accelerator)?;
         image::check(self.image()?)?;
-        SAVED.iter().chain([&MEMORY]).try_for_each(|stale| layout::remove(&self.file(stale)))?;
+        SAVED.iter().try_for_each(|stale| layout::remove(&self.file(stale)))?;
         let mut laps = Laps::new();
         let mut note = None;
         let unused = self.file(FRESH).exists();
@@ -375,8 +375,9 @@ impl Driver for QemuDriver {
             }
             self.leave_layer()?;
         }
-        // One that waits for a template that is no more.
+        // One that waits for a template that is no more, and memory that was a copy of it.
         self.end_process().await?;
+        layout::remove(&self.file(MEMORY))?;
         self.check_space()?;
         self.clear_way().await?;
         // What its console said last time is not what it says now.

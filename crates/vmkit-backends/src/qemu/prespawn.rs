@@ -22,21 +22,32 @@ use super::probe::started_now;
 use super::qmp::{Memory, Qmp};
 use super::template::Template;
 
-/// What a QEMU goes on from: the memory file that it has open, whatever has its name later. One that is open is nobody else's number.
+/// What a QEMU goes on from: the memory file that was there when it was started, whatever has its name later.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Goal {
-    /// `None` when the memory is in the saved state.
+    /// Device and number. `None` when the memory is in the saved state.
     memory: Option<(u64, u64)>,
+    /// When a template's was written, seconds and nanoseconds: a number may come again.
+    written: Option<(i64, i64)>,
 }
 
 impl Goal {
-    /// To go on from that memory.
-    fn from(memory: &Path) -> Result<Goal> {
-        let meta = fs::metadata(memory)
-            .map_err(|error| Error::io(format!("{} cannot be looked at", memory.display()), error))?;
-        Ok(Goal { memory: Some((meta.dev(), meta.ino())) })
+    /// A template, which nobody writes to.
+    fn template(memory: &Path) -> Result<Goal> {
+        let meta = look_at(memory)?;
+        Ok(Goal { memory: Some((meta.dev(), meta.ino())), written: Some((meta.mtime(), meta.mtime_nsec())) })
     }
+
+    /// A machine's own, which is open for as long as it is waited for: nothing else has its number.
+    fn own(memory: &Path) -> Result<Goal> {
+        let meta = look_at(memory)?;
+        Ok(Goal { memory: Some((meta.dev(), meta.ino())), written: None })
+    }
+}
+
+fn look_at(memory: &Path) -> Result<fs::Metadata> {
+    fs::metadata(memory).map_err(|error| Error::io(format!("{} cannot be looked at", memory.display()), error))
 }
 
 impl QemuDriver {
@@ -65,10 +76,12 @@ impl QemuDriver {
     /// The QEMU of a fork: the one that waits for that, or another.
     pub(super) async fn spawn_to_fork(&mut self, template: &Template, program: &Path, laps: &mut Laps) -> Result<Goal> {
         let (memory, accelerator) = (template.memory(), template.info.accelerator.clone());
-        let goal = Goal::from(&memory)?;
+        let goal = Goal::template(&memory)?;
         if self.takes_up(&accelerator, &goal).await? {
             return Ok(goal);
         }
+        // What an attempt that failed left.
+        layout::remove(&self.file(MEMORY))?;
         self.take_layer(template)?;
         laps.lap("disk");
         let begin = match self.spec.own_memory {
@@ -110,8 +123,8 @@ impl QemuDriver {
             return Err(Error::new(ErrorKind::Corrupt, "the saved execution has vanished").hint(DISCARD));
         };
         let goal = match memory {
-            Memory::Within => Goal { memory: None },
-            Memory::Elsewhere | Memory::Apart => Goal::from(&self.file(MEMORY))?,
+            Memory::Within => Goal { memory: None, written: None },
+            Memory::Elsewhere | Memory::Apart => Goal::own(&self.file(MEMORY))?,
         };
         if self.takes_up(accelerator, &goal).await? {
             return Ok((goal, state, memory));
