@@ -31,7 +31,7 @@ fn the_memory_of_a_machine_that_switches_itself_off_is_removed_by_who_looks() {
     let rig = QemuRig::new(image);
     runtime().block_on(async {
         let vm = rig.running(&rig.host(), "off").await;
-        sh(&vm, "(sleep 2; poweroff -f) >/dev/null 2>&1 &").await;
+        sh(&vm, "(sleep 6; poweroff -f) >/dev/null 2>&1 &").await;
     });
     // Nobody attends to it when it ends.
     let memory = rig.machine(&id("off")).join("memory");

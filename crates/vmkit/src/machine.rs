@@ -473,8 +473,15 @@ impl<D: Driver> Machine<D> {
     async fn refresh(&mut self, mut reply: oneshot::Sender<Result<State>>) {
         let known = self.state();
         if matches!(known, State::Stopped | State::Suspended) {
-            let limit = self.timeouts.lock;
-            let looked = work(self.driver.state(), limit, "looking at the machine", reply.closed(), None).await;
+            let (limit, kills) = (self.timeouts.lock, Some(&mut self.kills));
+            let looked = work(self.driver.state(), limit, "looking at the machine", reply.closed(), kills).await;
+            let looked = match looked {
+                Ended::Killed(kill) => {
+                    let _ = reply.send(Err(forced().on(self.id.as_str())));
+                    return self.on_kill(kill).await;
+                }
+                looked => looked,
+            };
             let done = match flat(looked) {
                 Ok(seen) if seen == known => Ok(()),
                 // What ends in another state is seen when it has.

@@ -27,7 +27,11 @@ impl Observed for Instance {
     }
 
     async fn state(&self) -> Result<State> {
-        self.refresh().await
+        // All others are watched, and a question would only keep them from what they do.
+        match Instance::state(self) {
+            State::Stopped | State::Suspended => self.refresh().await,
+            state => Ok(state),
+        }
     }
 
     fn subscribe(&self) -> Option<Subscription> {
@@ -96,11 +100,8 @@ pub async fn wait_for_state(
                     let status = tokio::select! {
                         biased;
                         status = subscription.next() => status,
-                        // What is new is published.
-                        looked = again => match looked {
-                            Ok(_) => continue,
-                            Err(error) => return Err(error),
-                        },
+                        // What is new is published; what could not be seen may be the next time.
+                        _ = again => continue,
                     };
                     match status {
                         Some(status) => status.state,

@@ -580,3 +580,26 @@ async fn a_machine_whose_ready_command_fails_is_never_handed_out() {
     assert_eq!(pool.acquire().timeout(secs(60)).await.unwrap_err().kind(), ErrorKind::Backend);
     close(&pool, &world).await;
 }
+
+/// A process waits for each machine that is off, once. Without one a machine is as good.
+#[tokio::test(start_paused = true)]
+async fn processes_wait_for_machines_that_are_off() {
+    for staging in [Staging::Suspended, Staging::Stopped] {
+        for fault in [Fault::Ok, Fault::Err] {
+            let (world, builder) = pool();
+            world.fault(None, Verb::Prespawn, fault);
+            let pool = builder.size(1).staging(staging).prespawn(true).build().unwrap();
+            pool.start().await.unwrap();
+            let waits = full(&pool, 1).await.vms[0].id.clone();
+            assert_eq!(world.count(&waits, Verb::Prespawn), 1);
+            assert_eq!(world.processes(&waits), usize::from(fault == Fault::Ok), "{staging}, {fault:?}");
+            assert!(!world.executes(&waits));
+            let lease = pool.acquire().await.unwrap();
+            assert_eq!((lease.id(), lease.state(), world.processes(&waits)), (&waits, State::Running, 1));
+            drop(lease);
+            close(&pool, &world).await;
+        }
+    }
+    let error = pool().1.size(1).prespawn(true).build().unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidArgument && error.to_string().contains("prespawn"), "{error:?}");
+}

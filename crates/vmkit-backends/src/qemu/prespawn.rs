@@ -54,6 +54,8 @@ impl QemuDriver {
     /// Starts the QEMU that the machine, which is off, is to go on in. It waits.
     pub(super) async fn begin_waiting(&mut self) -> Result<()> {
         let facts = self.facts().await?;
+        // Kept until QEMU has opened it.
+        let mut template = None;
         let goal = match layout::saved(&self.dir) {
             Some(_) => {
                 let accelerator = self.saved_accelerator(&facts)?;
@@ -61,13 +63,14 @@ impl QemuDriver {
             }
             None if self.file(FRESH).exists() => {
                 let accelerator = facts.accelerator(self.config.accelerator)?;
-                let template = self.template(&facts, accelerator).await?.ok_or_else(boots)?;
-                self.spawn_to_fork(&template, &facts.program, &mut Laps::new()).await?
+                let template = template.insert(self.template(&facts, accelerator).await?.ok_or_else(boots)?);
+                self.spawn_to_fork(template, &facts.program, &mut Laps::new()).await?
             }
             None => return Err(boots()),
         };
         let (dir, from) = (self.dir.clone(), self.said());
         self.until(from, async { Qmp::when_up(&dir).await.map(drop) }).await?;
+        drop(template);
         let run = layout::live_run(&self.dir)
             .ok_or_else(|| Error::new(ErrorKind::Exited, "QEMU has ended before there was anything for it to do"))?;
         layout::write_run(&self.dir, &Run { waits: Some(goal), ..run })

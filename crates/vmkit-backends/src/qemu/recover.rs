@@ -29,7 +29,8 @@ pub(super) async fn recover(layout: &Layout, id: &Id, left: Action) -> Result<()
     if !layout::is_ours(&dir) {
         return Ok(());
     }
-    let alive = layout::live_run(&dir).is_some();
+    // One that waits is none that runs.
+    let alive = layout::running(&dir).is_some();
     match left {
         Action::Suspend if alive && layout::saved(&dir).is_none() => {
             // Paused, or about to be: it goes on where it was.
@@ -63,6 +64,8 @@ async fn in_time<T: Future<Output = Result<()>>>(dir: &Path, step: impl Fn() -> 
     let until = Instant::now() + GOES_ON;
     loop {
         match timeout_at(until, step()).await.unwrap_or_else(|_| Err(late())) {
+            // A guest that has booted is not what was saved, whatever it answers next.
+            Err(error) if error.kind() == ErrorKind::Corrupt => return Err(error),
             Err(error) if layout::live_run(dir).is_some() && Instant::now() < until => {
                 debug!(dir = %dir.display(), %error, "trying again to have it go on");
                 sleep(AGAIN).await;

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use tokio::io::AsyncRead;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
-use tracing::{Instrument, debug_span};
+use tracing::{Instrument, debug_span, warn};
 
 use super::backoff::after;
 use super::message::{Made, Prepared};
@@ -120,13 +120,24 @@ pub(super) async fn create(backend: Arc<dyn Backend>, order: Order, cancel: ones
             instance.suspend().instrument(debug_span!("suspend")).await?;
         }
         if order.prespawn && tier != Tier::Running {
-            instance.prespawn().instrument(debug_span!("prespawn")).await?;
+            have_one_wait(instance).instrument(debug_span!("prespawn")).await?;
         }
         Ok(tier)
     };
     let result = bounded(work.instrument(span), order.limit, "making a machine", cancel).await;
     // What is dropped half way is rolled back by the machine's own task, which this handle keeps.
     Made { result, instance: made.into_inner(), took: began.elapsed() }
+}
+
+/// Has a process wait for a machine, which is as good without: only what can never be is an error.
+async fn have_one_wait(instance: &Instance) -> Result<()> {
+    match instance.prespawn().await {
+        Err(error) if error.kind() != ErrorKind::Unsupported => {
+            warn!(id = %instance.id(), %error, "no process waits for a machine of a pool: its acquire will take longer");
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 /// Starts a machine that is off, or resumes it: then it was made ready before it was suspended.
@@ -194,7 +205,7 @@ pub(super) async fn demote(
         match tier {
             Tier::Suspended if prespawn => {
                 instance.suspend().await?;
-                instance.prespawn().await
+                have_one_wait(&instance).await
             }
             Tier::Suspended => instance.suspend().await,
             // One that has run boots from its disk, and waits for nothing.
