@@ -393,9 +393,12 @@ fn a_damaged_template_is_an_error_and_another_takes_its_place() {
 
 /// Zeroes where a guest's kernel was, wherever that was: the first thing it does is a triple fault, and QEMU resets it.
 fn damage(memory: &std::path::Path) {
-    let size = fs::metadata(memory).unwrap().len();
+    let mut first = vec![0; 1 << 20];
+    let file = fs::File::open(memory).unwrap();
+    std::io::Read::read_exact(&mut &file, &mut first).unwrap();
     fs::remove_file(memory).unwrap();
-    fs::File::create(memory).unwrap().set_len(size).unwrap();
+    fs::write(memory, first).unwrap();
+    fs::File::options().write(true).open(memory).unwrap().set_len(file.metadata().unwrap().len()).unwrap();
 }
 
 #[test]
